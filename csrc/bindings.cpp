@@ -1,0 +1,74 @@
+// Every launcher by name, for Python: pointers and sizes as integers. Compiled into fourdperf/_cpu and, with
+// FOURDPERF_CUDA_MODULE, into fourdperf/_cuda. `where` is the number of threads (CPU) or the stream (CUDA).
+// Launchers release the GIL; a C++ std::invalid_argument arrives in Python as ValueError.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "common/isa.h"
+#include "common/launch.h"
+#include "resize/resize.h"
+#ifdef FOURDPERF_FFI
+#include "common/ffi.h"
+#endif
+
+namespace py = pybind11;
+using namespace fourdperf;
+
+using address = uintptr_t;
+using nogil = py::call_guard<py::gil_scoped_release>;
+
+static void* pointer(address a) { return reinterpret_cast<void*>(a); }
+
+template <class Args> void place(Args& args, address where) {
+#ifdef FOURDPERF_CUDA_MODULE
+  args.stream = pointer(where);
+#else
+  args.threads = int(where);
+#endif
+}
+
+static void resize_binding(address x, address out, int x_dtype, int out_dtype, int64_t outer, int64_t n_in, int64_t n_out,
+                           int64_t inner, int filter, bool antialias, bool adjoint, address workspace, address where) {
+  ResizeArgs args{};
+  args.x = pointer(x);
+  args.out = pointer(out);
+  args.x_dtype = DType(x_dtype);
+  args.out_dtype = DType(out_dtype);
+  args.outer = outer;
+  args.n_in = n_in;
+  args.n_out = n_out;
+  args.inner = inner;
+  args.filter = Filter(filter);
+  args.antialias = antialias;
+  args.adjoint = adjoint;
+  args.workspace = static_cast<double*>(pointer(workspace));
+  place(args, where);
+  FOURDPERF_LAUNCH(resize)(args);
+}
+
+#ifdef FOURDPERF_FFI
+std::vector<std::pair<std::string, XLA_FFI_Handler*>>& fourdperf::ffi_targets() {
+  static std::vector<std::pair<std::string, XLA_FFI_Handler*>> targets;
+  return targets;
+}
+#endif
+
+#ifdef FOURDPERF_CUDA_MODULE
+PYBIND11_MODULE(_cuda, m) {
+#else
+PYBIND11_MODULE(_cpu, m) {
+  m.def("cpu_isa", &cpu_isa_name);
+  m.def("cpu_isas", &cpu_isas);
+  m.def("set_cpu_isa", &set_cpu_isa);
+#endif
+  m.def("resize", &resize_binding, nogil());
+  m.def("resize_workspace", [](int64_t n_in, int64_t n_out, int filter, bool antialias, bool adjoint) {
+    return resize_workspace(n_in, n_out, Filter(filter), antialias, adjoint);
+  });
+
+#ifdef FOURDPERF_FFI
+  py::dict targets;
+  for (const auto& [name, handler] : ffi_targets()) targets[name.c_str()] = py::capsule(reinterpret_cast<void*>(handler));
+  m.attr("ffi_targets") = targets;
+#endif
+}

@@ -1,0 +1,58 @@
+#include "common/isa.h"
+
+#include <atomic>
+#include <stdexcept>
+
+namespace fourdperf {
+namespace {
+
+constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
+
+bool supported(Isa isa) {
+#ifdef FOURDPERF_X86
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  switch (isa) {
+    case Isa::baseline: return true;
+    case Isa::avx2: return avx2;
+    case Isa::avx512: return avx512;
+    case Isa::avx512_bf16: return avx512 && __builtin_cpu_supports("avx512bf16");
+  }
+#endif
+  return isa == Isa::baseline;
+}
+
+Isa best() {
+  for (int i = 3; i > 0; --i)
+    if (supported(Isa(i))) return Isa(i);
+  return Isa::baseline;
+}
+
+std::atomic<Isa>& current() {
+  static std::atomic<Isa> isa{best()};
+  return isa;
+}
+
+}  // namespace
+
+Isa cpu_isa() { return current().load(std::memory_order_relaxed); }
+std::string cpu_isa_name() { return kNames[int(cpu_isa())]; }
+
+std::vector<std::string> cpu_isas() {
+  std::vector<std::string> names;
+  for (int i = 0; i < 4; ++i)
+    if (supported(Isa(i))) names.push_back(kNames[i]);
+  return names;
+}
+
+void set_cpu_isa(const std::string& name) {
+  for (int i = 0; i < 4; ++i)
+    if (name == kNames[i] && supported(Isa(i))) return current().store(Isa(i));
+  std::string known;
+  for (const auto& isa : cpu_isas()) known += (known.empty() ? "" : ", ") + isa;
+  throw std::invalid_argument("isa must be one that this processor has (" + known + "), got '" + name + "'");
+}
+
+}  // namespace fourdperf

@@ -1,0 +1,128 @@
+// Vectors of floats for the instruction set of this translation unit: 4 lanes (baseline), 8 (AVX2), 16 (AVX-512);
+// half as many doubles. Arithmetic is that of the compiler's vector types (+ - * /, a * b + c contracts to fma);
+// here are only loads, stores and conversions. 16-bit types widen to float on load and round to nearest even on store.
+//
+//   vec<float>, vec<double>      lanes<A> of them
+//   load<A>(const T*)            A = float or double, T = A or a 16-bit type
+//   load<A>(const T*, n)         the first n lanes, zeros beyond (reads no byte past them)
+//   store(T*, v), store(T*, v, n)
+//   broadcast<A>(x), reduce_add(v)
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#include "common/half.h"
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
+
+namespace fourdperf {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class A> struct vec_of;
+template <> struct vec_of<float> { typedef float type __attribute__((vector_size(kVectorBytes))); };
+template <> struct vec_of<double> { typedef double type __attribute__((vector_size(kVectorBytes))); };
+template <class A> using vec = typename vec_of<A>::type;
+template <class A> constexpr int lanes = kVectorBytes / int(sizeof(A));
+
+template <class A> inline vec<A> broadcast(A x) { return x - vec<A>{}; }
+
+template <class A> inline vec<A> load(const A* p) {
+  vec<A> v;
+  memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+template <class A> inline void store(A* p, vec<A> v) { memcpy(p, &v, sizeof(v)); }
+
+// ---- 16-bit types
+#if defined(__AVX512F__)
+template <class A> inline vec<float> load(const bf16_t* p) {
+  const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return (vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16);
+}
+template <class A> inline vec<float> load(const f16_t* p) {
+  return (vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline void store(bf16_t* p, vec<float> v) {
+  const __m512i u = (__m512i)v;
+  const __m512i lsb = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  __m512i r = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(lsb, _mm512_set1_epi32(0x7fff))), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
+  r = _mm512_mask_or_epi32(r, nan, _mm512_srli_epi32(u, 16), _mm512_set1_epi32(0x40));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(r));
+}
+inline void store(f16_t* p, vec<float> v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif defined(__AVX2__)
+template <class A> inline vec<float> load(const bf16_t* p) {
+  const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return (vec<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16);
+}
+template <class A> inline vec<float> load(const f16_t* p) {
+  return (vec<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline void store(bf16_t* p, vec<float> v) {
+  const __m256i u = (__m256i)v;
+  const __m256i lsb = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  __m256i r = _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(lsb, _mm256_set1_epi32(0x7fff))), 16);
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps((__m256)v, (__m256)v, _CMP_UNORD_Q));
+  const __m256i quiet = _mm256_or_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(0x40));
+  r = _mm256_blendv_epi8(r, quiet, nan);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(r, r), 0x08);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+}
+inline void store(f16_t* p, vec<float> v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+template <class T> inline vec<float> widen(const T* p) {
+  vec<float> v;
+  for (int i = 0; i < lanes<float>; ++i) v[i] = to_float(p[i]);
+  return v;
+}
+template <class T> inline void narrow(T* p, vec<float> v) {
+  for (int i = 0; i < lanes<float>; ++i) p[i] = from_float<T>(v[i]);
+}
+template <class A> inline vec<float> load(const bf16_t* p) { return widen(p); }
+template <class A> inline vec<float> load(const f16_t* p) { return widen(p); }
+inline void store(bf16_t* p, vec<float> v) { narrow(p, v); }
+inline void store(f16_t* p, vec<float> v) { narrow(p, v); }
+#endif
+
+// ---- the first n lanes, n in [0, lanes]
+template <class A, class T> inline vec<A> load(const T* p, int n) {
+  alignas(64) T lane[lanes<A>];
+  memset(lane, 0, sizeof(lane));
+  memcpy(lane, p, size_t(n) * sizeof(T));
+  return load<A>(lane);
+}
+template <class T, class V> inline void store(T* p, V v, int n) {
+  alignas(64) T lane[lanes<acc_t<T>>];
+  store(lane, v);
+  memcpy(p, lane, size_t(n) * sizeof(T));
+}
+#if defined(__AVX512F__)
+template <> inline vec<float> load<float, float>(const float* p, int n) {
+  return (vec<float>)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1u), p);
+}
+inline void store(float* p, vec<float> v, int n) { _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1u), (__m512)v); }
+#endif
+
+template <class V> inline auto reduce_add(V v) {
+  auto sum = v[0];
+  for (int i = 1; i < int(sizeof(v) / sizeof(v[0])); ++i) sum += v[i];
+  return sum;
+}
+
+}  // namespace
+}  // namespace fourdperf

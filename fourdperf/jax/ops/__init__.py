@@ -1,0 +1,5 @@
+"""The ops for JAX, same names and arguments as in fourdperf.ops. Backends: 'ffi' (native kernels), 'jnp'."""
+
+from fourdperf.jax.ops.resize import resize
+
+__all__ = ["resize"]

@@ -1,0 +1,28 @@
+"""Checks of arguments. Every message names the argument, says what was wanted and what came."""
+
+import torch
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def require(condition, message: str) -> None:
+    """Raises ValueError(message) unless `condition` holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def check_floating(name: str, x) -> None:
+    """`x` must be a dense torch.Tensor of float64, float32, bfloat16 or float16."""
+    require(isinstance(x, torch.Tensor), f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    require(x.dtype in FLOATS, f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}")
+    require(x.layout == torch.strided, f"{name} must be a dense tensor, got layout {x.layout}")
+
+
+def check_choice(name: str, value, choices) -> None:
+    require(value in choices, f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_same(name: str, x, other: str, y) -> None:
+    """Tensors `x` and `y` must share dtype and device."""
+    require(x.dtype == y.dtype, f"{name} must have the dtype of {other} ({y.dtype}), got {x.dtype}")
+    require(x.device == y.device, f"{name} must be on the device of {other} ({y.device}), got {x.device}")

@@ -1,0 +1,47 @@
+"""Without a GPU, Triton kernels run in its interpreter. Fresh memory is NaN. `target` runs a test on every backend."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest  # noqa: E402
+
+from fourdperf import native  # noqa: E402
+from tests.harness import TARGETS, Target  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """Whatever an op allocates starts as NaN, so that an element it forgets to write is seen."""
+
+    def poison(function):
+        def poisoned(*args, **kwargs):
+            tensor = function(*args, **kwargs)
+            if tensor.is_floating_point() and tensor.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling():
+                tensor.detach().fill_(float("nan"))
+            return tensor
+
+        return poisoned
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+
+
+@pytest.fixture(params=TARGETS, ids=str)
+def target(request) -> Target:
+    """Every (backend, device, instruction set) there can be; skipped with its reason where it cannot run."""
+    wanted: Target = request.param
+    reason = wanted.missing()
+    if reason:
+        pytest.skip(reason)
+    if wanted.isa is None:
+        yield wanted
+        return
+    library = native.library("cpu")[0]
+    before = library.cpu_isa()
+    library.set_cpu_isa(wanted.isa)
+    yield wanted
+    library.set_cpu_isa(before)
