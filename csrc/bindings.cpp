@@ -6,6 +6,7 @@
 
 #include "common/isa.h"
 #include "common/launch.h"
+#include "fourier_embed/fourier_embed.h"
 #include "resize/resize.h"
 #ifdef FOURDPERF_FFI
 #include "common/ffi.h"
@@ -46,6 +47,47 @@ static void resize_binding(address x, address out, int x_dtype, int out_dtype, i
   FOURDPERF_LAUNCH(resize)(args);
 }
 
+static FourierArgs fourier_args(int dtype, address x, address frequencies, int64_t rows, int64_t dims, int64_t bands,
+                                address where) {
+  FourierArgs args{};
+  args.dtype = DType(dtype);
+  args.x = pointer(x);
+  args.frequencies = pointer(frequencies);
+  args.rows = rows;
+  args.dims = dims;
+  args.bands = bands;
+  place(args, where);
+  return args;
+}
+
+static void fourier_embed_binding(address x, address frequencies, address out, int dtype, int64_t rows, int64_t dims,
+                                  int64_t bands, address where) {
+  FourierArgs args = fourier_args(dtype, x, frequencies, rows, dims, bands, where);
+  args.out = pointer(out);
+  FOURDPERF_LAUNCH(fourier_embed)(args);
+}
+
+static void fourier_embed_backward_binding(address d_out, address x, address frequencies, address d_x, address d_frequencies,
+                                           int dtype, int64_t rows, int64_t dims, int64_t bands, address workspace,
+                                           address where) {
+  FourierArgs args = fourier_args(dtype, x, frequencies, rows, dims, bands, where);
+  args.d_out = pointer(d_out);
+  args.d_x = pointer(d_x);
+  args.d_frequencies = pointer(d_frequencies);
+  args.workspace = static_cast<double*>(pointer(workspace));
+  FOURDPERF_LAUNCH(fourier_embed_backward)(args);
+}
+
+static void fourier_linear_binding(address x, address frequencies, address weight, address bias, address out, int dtype,
+                                   int64_t rows, int64_t dims, int64_t bands, int64_t features, address where) {
+  FourierArgs args = fourier_args(dtype, x, frequencies, rows, dims, bands, where);
+  args.weight = pointer(weight);
+  args.bias = pointer(bias);
+  args.out = pointer(out);
+  args.features = features;
+  FOURDPERF_LAUNCH(fourier_linear)(args);
+}
+
 #ifdef FOURDPERF_FFI
 std::vector<std::pair<std::string, XLA_FFI_Handler*>>& fourdperf::ffi_targets() {
   static std::vector<std::pair<std::string, XLA_FFI_Handler*>> targets;
@@ -61,6 +103,10 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("cpu_isas", &cpu_isas);
   m.def("set_cpu_isa", &set_cpu_isa);
 #endif
+  m.def("fourier_embed", &fourier_embed_binding, nogil());
+  m.def("fourier_embed_backward", &fourier_embed_backward_binding, nogil());
+  m.def("fourier_linear", &fourier_linear_binding, nogil());
+  m.def("fourier_workspace", &fourier_workspace);
   m.def("resize", &resize_binding, nogil());
   m.def("resize_workspace", [](int64_t n_in, int64_t n_out, int filter, bool antialias, bool adjoint) {
     return resize_workspace(n_in, n_out, Filter(filter), antialias, adjoint);

@@ -6,6 +6,7 @@
 //   load<A>(const T*)            A = float or double, T = A or a 16-bit type
 //   load<A>(const T*, n)         the first n lanes, zeros beyond (reads no byte past them)
 //   store(T*, v), store(T*, v, n)
+//   store_streaming(T*, v)       past the caches: whole vectors at aligned addresses; stream_fence() when done
 //   broadcast<A>(x), reduce_add(v)
 #pragma once
 #include <cstdint>
@@ -117,6 +118,33 @@ template <> inline vec<float> load<float, float>(const float* p, int n) {
 }
 inline void store(float* p, vec<float> v, int n) { _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1u), (__m512)v); }
 #endif
+
+#if defined(__AVX512F__)
+template <class A> inline void stream_vector(A* p, vec<A> v) { _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v); }
+inline void stream_half(void* p, const void* v) {
+  _mm256_stream_si256(static_cast<__m256i*>(p), _mm256_load_si256(static_cast<const __m256i*>(v)));
+}
+#elif defined(__AVX2__)
+template <class A> inline void stream_vector(A* p, vec<A> v) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v); }
+inline void stream_half(void* p, const void* v) {
+  _mm_stream_si128(static_cast<__m128i*>(p), _mm_load_si128(static_cast<const __m128i*>(v)));
+}
+#else
+template <class A> inline void stream_vector(A* p, vec<A> v) { store(p, v); }
+inline void stream_half(void* p, const void* v) { memcpy(p, v, kVectorBytes / 2); }
+#endif
+inline void store_streaming(float* p, vec<float> v) { stream_vector<float>(p, v); }
+inline void store_streaming(double* p, vec<double> v) { stream_vector<double>(p, v); }
+template <class T> inline void store_streaming(T* p, vec<float> v) {
+  alignas(64) T lane[lanes<float>];
+  store(lane, v);
+  stream_half(p, lane);
+}
+inline void stream_fence() {
+#ifdef __SSE2__
+  _mm_sfence();
+#endif
+}
 
 template <class V> inline auto reduce_add(V v) {
   auto sum = v[0];

@@ -4,8 +4,21 @@ Axes in the docstrings: B batch, T frames, H, W height and width, N tokens or po
 """
 
 from fourdperf.ops.backends import use_backend
+from fourdperf.ops.fourier_embed import (
+    fourier_columns,
+    fourier_embed,
+    fourier_embed_eager,
+    fourier_linear,
+    fourier_linear_eager,
+    gaussian,
+    linear_range,
+    octaves,
+)
 from fourdperf.ops.resize import resize, resize_eager
 
-OPS = ("resize",)
+OPS = ("fourier_embed", "resize")
 
-__all__ = ["OPS", "resize", "resize_eager", "use_backend"]
+__all__ = [
+    "OPS", "fourier_columns", "fourier_embed", "fourier_embed_eager", "fourier_linear", "fourier_linear_eager", "gaussian",
+    "linear_range", "octaves", "resize", "resize_eager", "use_backend",
+]
