@@ -76,20 +76,22 @@ inline bool beyond(vec<float> p, float limit) {
 inline bool beyond(vec<double> p, double limit) {
   return _mm512_cmp_pd_mask(_mm512_abs_pd(p), _mm512_set1_pd(limit), _CMP_NLE_UQ) != 0;
 }
-#else
-#if defined(__FMA__)
+#elif defined(__AVX2__)
 inline vec<float> fused(vec<float> a, vec<float> b, vec<float> c) { return _mm256_fmadd_ps(a, b, c); }
 inline vec<double> fused(vec<double> a, vec<double> b, vec<double> c) { return _mm256_fmadd_pd(a, b, c); }
+inline bool beyond(vec<float> p, float limit) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(_mm256_andnot_ps(_mm256_set1_ps(-0.f), p), _mm256_set1_ps(limit), _CMP_NLE_UQ)) != 0;
+}
+inline bool beyond(vec<double> p, double limit) {
+  return _mm256_movemask_pd(_mm256_cmp_pd(_mm256_andnot_pd(_mm256_set1_pd(-0.), p), _mm256_set1_pd(limit), _CMP_NLE_UQ)) != 0;
+}
 #else
-inline vec<float> fused(vec<float> a, vec<float> b, vec<float> c) {
-  for (int i = 0; i < lanes<float>; ++i) c[i] = fmaf(a[i], b[i], c[i]);
+template <class V> inline V fused_lanes(V a, V b, V c) {
+  for (int i = 0; i < int(sizeof(V) / sizeof(c[0])); ++i) c[i] = fused(a[i], b[i], c[i]);
   return c;
 }
-inline vec<double> fused(vec<double> a, vec<double> b, vec<double> c) {
-  for (int i = 0; i < lanes<double>; ++i) c[i] = fma(a[i], b[i], c[i]);
-  return c;
-}
-#endif
+inline vec<float> fused(vec<float> a, vec<float> b, vec<float> c) { return fused_lanes(a, b, c); }
+inline vec<double> fused(vec<double> a, vec<double> b, vec<double> c) { return fused_lanes(a, b, c); }
 // Whether any lane is larger than `limit` in magnitude, or NaN.
 template <class V, class A> inline bool beyond(V p, A limit) {
   const auto inside = (p <= limit) & (p >= -limit);
@@ -178,6 +180,16 @@ template <class A> FOURDPERF_HOST_DEVICE void sincos_product(A x, A f, A& sine, 
 }
 
 #ifndef __CUDACC__
+// Lanes beyond the limit, reduced one by one. Through memory and out of line, so that the fast path keeps its registers.
+template <class A> __attribute__((noinline, cold)) void reduce_lanes(const A* x, const A* f, A* r, typename bits_of<A>::type* quadrant) {
+  for (int i = 0; i < lanes<A>; ++i) {
+    if (fabs(x[i] * f[i]) <= Trig<A>::limit) continue;
+    uint64_t q;
+    r[i] = A(reduce_far(far_angle(x[i], f[i]), q));
+    quadrant[i] = typename bits_of<A>::type(q);
+  }
+}
+
 template <class A> inline void sincos_product(vec<A> x, vec<A> f, vec<A>& sine, vec<A>& cosine) {
   using U = typename bits_of<vec<A>>::type;
   const vec<A> p = x * f;
@@ -186,12 +198,13 @@ template <class A> inline void sincos_product(vec<A> x, vec<A> f, vec<A>& sine, 
   U quadrant;
   reduce_near<A>(p, low, r, quadrant);
   if (__builtin_expect(beyond(p, Trig<A>::limit), 0)) {
-    for (int i = 0; i < lanes<A>; ++i) {
-      if (fabs(p[i]) <= Trig<A>::limit) continue;
-      uint64_t q;
-      r[i] = A(reduce_far(far_angle(x[i], f[i]), q));
-      quadrant[i] = typename bits_of<A>::type(q);
-    }
+    alignas(64) A x_lane[lanes<A>], f_lane[lanes<A>], r_lane[lanes<A>];
+    alignas(64) typename bits_of<A>::type q_lane[lanes<A>];
+    store(x_lane, x), store(f_lane, f), store(r_lane, r);
+    memcpy(q_lane, &quadrant, sizeof(quadrant));
+    reduce_lanes<A>(x_lane, f_lane, r_lane, q_lane);
+    r = load<A>(r_lane);
+    memcpy(&quadrant, q_lane, sizeof(quadrant));
   }
   sincos_reduced<A>(r, quadrant, sine, cosine);
 }

@@ -19,47 +19,53 @@ template <class A, class Y> inline void copy_row(const A* from, Y* to, int64_t n
   store(to + i, load<A>(from + i), int(n - i));
 }
 
-// What all blocks of a call share: `frequencies` repeats them as often as a block has coordinates.
+// What all blocks of a call share: for every vector of angles, its frequencies and the coordinates that it multiplies.
 template <class A> struct Angles {
+  using Lane = typename bits_of<A>::type;
   static constexpr int64_t kAngles = 1024;
   int64_t dims, bands, per_row, rows, room;
   Buffer<A> frequencies;
+  Buffer<Lane> lane;        // which of the coordinates from first[v] on
+  Buffer<int64_t> first;    // of vector v
 
   explicit Angles(const FourierArgs& a, int64_t multiple = 1)
       : dims(a.dims), bands(a.bands), per_row(a.dims * a.bands), rows(block_rows(per_row, multiple)),
-        room(rows * per_row + 2 * lanes<A>), frequencies(room) {
-    for (int64_t i = 0; i < room; ++i) frequencies[i] = static_cast<const A*>(a.frequencies)[i % bands];
+        room((rows * per_row + lanes<A> - 1) / lanes<A> * lanes<A>), frequencies(room), lane(room), first(room / lanes<A>) {
+    for (int64_t i = 0; i < room; ++i) {
+      frequencies[i] = static_cast<const A*>(a.frequencies)[i % bands];
+      if (i % lanes<A> == 0) first[i / lanes<A>] = i / bands;
+      lane[i] = Lane(i / bands - first[i / lanes<A>]);
+    }
   }
   // Rows of a block: about kAngles angles, and a multiple of `multiple` rows.
   static int64_t block_rows(int64_t per_row, int64_t multiple) {
     const int64_t rows = kAngles / per_row / multiple * multiple;
     return rows > multiple ? rows : multiple;
   }
-  int64_t scratch() const { return 3 * room; }
+  int64_t coordinates() const { return rows * dims + lanes<A>; }
+  int64_t scratch() const { return 2 * room + coordinates(); }
 };
 
 template <class A> struct Block {
-  const Angles<A>* angles;
-  A *x, *sines, *cosines;  // each (rows, D, F)
+  Angles<A>* angles;
+  A *sines, *cosines, *x;  // (rows, D, F) twice, (rows, D)
 
-  Block(const Angles<A>& shared, A* scratch)
-      : angles(&shared), x(scratch), sines(x + shared.room), cosines(sines + shared.room) {
-    for (int64_t i = 0; i < shared.room; ++i) x[i] = 0;
+  Block(Angles<A>& shared, A* scratch)
+      : angles(&shared), sines(scratch), cosines(sines + shared.room), x(cosines + shared.room) {
+    for (int64_t i = 0; i < shared.coordinates(); ++i) x[i] = 0;
   }
 
   template <class X> void compute(const X* source, int64_t rows) const {
     constexpr int64_t step = lanes<A>;
-    const int64_t bands = angles->bands, count = rows * angles->per_row;
-    A* p = x;
-    for (int64_t i = 0; i < rows * angles->dims; ++i, p += bands) {
-      const vec<A> value = broadcast<A>(to_float(source[i]));
-      int64_t j = 0;
-      do store(p + j, value); while ((j += step) < bands);  // what runs over is overwritten by the next coordinate
-    }
-    const A* f = frequencies();
+    for (int64_t i = 0; i < rows * angles->dims; ++i) x[i] = to_float(source[i]);
+    const A* f = angles->frequencies.data();
+    const auto* lane = angles->lane.data();
+    const int64_t *first = angles->first.data(), count = rows * angles->per_row;
     for (int64_t i = 0; i < count; i += step) {
+      typename bits_of<vec<A>>::type pick;
+      memcpy(&pick, lane + i, sizeof(pick));
       vec<A> s, c;
-      sincos_product<A>(load<A>(x + i), load<A>(f + i), s, c);
+      sincos_product<A>(__builtin_shuffle(load<A>(x + *first++), pick), load<A>(f + i), s, c);
       store(sines + i, s);
       store(cosines + i, c);
     }
@@ -88,9 +94,6 @@ template <class A> struct Block {
       for (; i < n; ++i) s[i] = to_float(d_sin[i]) * c[i] - to_float(d_cos[i]) * s[i];
     }
   }
-
- private:
-  const A* frequencies() const { return const_cast<Angles<A>*>(angles)->frequencies.data(); }
 };
 
 }  // namespace

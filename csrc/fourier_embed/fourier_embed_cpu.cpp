@@ -15,7 +15,7 @@ namespace {
 
 template <class X> void embed(const FourierArgs& a) {
   using A = acc_t<X>;
-  const Angles<A> angles(a);
+  Angles<A> angles(a);
   const int64_t width = 2 * angles.per_row;
   Buffer<A> scratch(a.threads * angles.scratch());
   const int64_t blocks = (a.rows + angles.rows - 1) / angles.rows;
@@ -61,7 +61,7 @@ inline void backward_block(const FourierArgs& a, const Block<A>& block, int64_t 
 
 template <class X> void backward(const FourierArgs& a) {
   using A = acc_t<X>;
-  const Angles<A> angles(a);
+  Angles<A> angles(a);
   const int64_t tasks = (a.rows + kFourierChunk - 1) / kFourierChunk, per_thread = angles.scratch() + a.bands;
   Buffer<A> scratch(a.threads * per_thread);
   Buffer<double> sums(tasks * a.bands);

@@ -117,7 +117,7 @@ inline void multiply_rows(int64_t rows, const typename Dot<A, W>::E* e, int64_t 
 template <class W, bool stream> void linear(const FourierArgs& a) {
   using A = acc_t<W>;
   using E = typename Dot<A, W>::E;
-  const Angles<A> angles(a, kRows);
+  Angles<A> angles(a, kRows);
   Panels<A, W> panels(a);
   const int64_t k = panels.k, room = angles.rows * k;
   Buffer<A> scratch(a.threads * angles.scratch());
