@@ -14,11 +14,12 @@ from fourdperf.ops.fourier_embed import (
     linear_range,
     octaves,
 )
+from fourdperf.ops.gather_patches import gather_patches, gather_patches_eager
 from fourdperf.ops.resize import resize, resize_eager
 
-OPS = ("fourier_embed", "resize")
+OPS = ("fourier_embed", "gather_patches", "resize")
 
 __all__ = [
-    "OPS", "fourier_columns", "fourier_embed", "fourier_embed_eager", "fourier_linear", "fourier_linear_eager", "gaussian",
-    "linear_range", "octaves", "resize", "resize_eager", "use_backend",
+    "OPS", "fourier_columns", "fourier_embed", "fourier_embed_eager", "fourier_linear", "fourier_linear_eager", "gather_patches",
+    "gather_patches_eager", "gaussian", "linear_range", "octaves", "resize", "resize_eager", "use_backend",
 ]
