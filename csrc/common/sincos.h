@@ -123,7 +123,7 @@ FOURDPERF_HOST_DEVICE uint64_t high_product(uint64_t a, uint64_t b) {
 
 // p = r + quadrant pi/2 (mod 2 pi) for any |p| >= 2^-10; r to one unit in the last place of pi/4. NaN where p is not finite.
 FOURDPERF_HOST_DEVICE double reduce_far(double p, uint64_t& quadrant) {
-  constexpr uint64_t table[] = {  // 64 zero bits, then 2/pi
+  static constexpr uint64_t table[] = {  // 64 zero bits, then 2/pi
       0x0000000000000000, 0xa2f9836e4e441529, 0xfc2757d1f534ddc0, 0xdb6295993c439041, 0xfe5163abdebbc561,
       0xb7246e3a424dd2e0, 0x06492eea09d1921c, 0xfe1deb1cb129a73e, 0xe88235f52ebb4484, 0xe99c7026b45f7e41,
       0x3991d639835339f4, 0x9c845f8bbdf9283b, 0x1ff897ffde05980f, 0xef2f118b5a0a6d1f, 0x6d367ecf27cb09b7,

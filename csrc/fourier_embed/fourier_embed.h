@@ -38,10 +38,10 @@ void fourier_linear_cuda(const FourierArgs& args);
 namespace {
 
 // The frequencies' gradient: so many rows are summed by one task; tasks are then added in order.
-constexpr int64_t kFourierChunk = 4096;
+constexpr int64_t kFourierTask = 256;
 
-// Doubles of device memory that a CUDA backward needs: one sum per chunk and band.
-inline int64_t fourier_workspace(int64_t rows, int64_t bands) { return (rows + kFourierChunk - 1) / kFourierChunk * bands; }
+// Doubles of device memory that a CUDA backward needs: one sum per task and band.
+inline int64_t fourier_workspace(int64_t rows, int64_t bands) { return (rows + kFourierTask - 1) / kFourierTask * bands; }
 
 }  // namespace
 }  // namespace fourdperf

@@ -62,7 +62,7 @@ inline void backward_block(const FourierArgs& a, const Block<A>& block, int64_t 
 template <class X> void backward(const FourierArgs& a) {
   using A = acc_t<X>;
   Angles<A> angles(a);
-  const int64_t tasks = (a.rows + kFourierChunk - 1) / kFourierChunk, per_thread = angles.scratch() + a.bands;
+  const int64_t tasks = (a.rows + kFourierTask - 1) / kFourierTask, per_thread = angles.scratch() + a.bands;
   Buffer<A> scratch(a.threads * per_thread);
   Buffer<double> sums(tasks * a.bands);
 #pragma omp parallel num_threads(a.threads)
@@ -74,8 +74,8 @@ template <class X> void backward(const FourierArgs& a) {
     for (int64_t task = 0; task < tasks; ++task) {
       double* sum = &sums[task * a.bands];
       for (int64_t f = 0; f < a.bands; ++f) sum[f] = 0;
-      const int64_t end = smaller((task + 1) * kFourierChunk, a.rows);
-      for (int64_t row = task * kFourierChunk; row < end; row += angles.rows) {
+      const int64_t end = smaller((task + 1) * kFourierTask, a.rows);
+      for (int64_t row = task * kFourierTask; row < end; row += angles.rows) {
         for (int64_t f = 0; f < a.bands; ++f) partial[f] = 0;
         backward_block<X>(a, block, row, smaller(end - row, angles.rows), partial);
         for (int64_t f = 0; f < a.bands; ++f) sum[f] += partial[f];

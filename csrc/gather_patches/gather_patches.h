@@ -24,7 +24,8 @@ constexpr int kUint8 = 4;  // dtype code, after those of DType
 
 struct PatchArgs {
   const void *video, *d_out;  // d_out: as out
-  const int64_t* t;
+  const int64_t* t;    // one of these two
+  const int32_t* t32;
   const void* points;
   void *out, *d_video, *d_points;  // out: dtype, f32 for uint8 with bilinear; a gradient may be null: not wanted
   int dtype;                       // DType or kUint8
@@ -68,6 +69,11 @@ FOURDPERF_HOST_DEVICE PatchAxis<P> patch_axis(P u, int64_t length, int64_t size,
 }
 
 FOURDPERF_HOST_DEVICE int64_t clamp_index(int64_t i, int64_t size) { return i < 0 ? 0 : i < size ? i : size - 1; }
+
+// The frame of a point, counted in its video.
+FOURDPERF_HOST_DEVICE int64_t patch_frame(const PatchArgs& a, int64_t point) {
+  return clamp_index(a.t ? a.t[point] : a.t32[point], a.frames);
+}
 
 }  // namespace
 }  // namespace fourdperf

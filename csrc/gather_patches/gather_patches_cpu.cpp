@@ -29,7 +29,7 @@ template <class P> Place<P> place_of(const PatchArgs& a, int64_t point) {
   const P* uv = static_cast<const P*>(a.points) + 2 * point;
   return {patch_axis(uv[1], a.height, a.size, a.mode, a.coordinates, a.border),
           patch_axis(uv[0], a.width, a.size, a.mode, a.coordinates, a.border), point / a.points_per_batch,
-          clamp_index(a.t[point], a.frames), point};
+          patch_frame(a, point), point};
 }
 
 // `pixels` pixels of row y of a patch, channels together; Y is T, or the type of sums
@@ -117,6 +117,10 @@ template <class T, class O, class P> void interpolate(const PatchArgs& a) {
 
 template <class T, class O, class P> void points_backward(const PatchArgs& a) {
   using A = acc_t<T>;
+  if (a.mode != PatchMode::bilinear) {
+    memset(a.d_points, 0, size_t(a.batch * a.points_per_batch) * 2 * sizeof(P));
+    return;
+  }
   const int64_t room = 6 * Rows<A>::padded(a);
   Buffer<A> scratch(a.threads * room);
 #pragma omp parallel num_threads(a.threads)
@@ -185,7 +189,7 @@ template <class T, class P> void video_backward(const PatchArgs& a) {
   Buffer<Place<P>> sorted(points);
   Buffer<int64_t> start(frames + 1);
   for (int64_t f = 0; f <= frames; ++f) start[f] = 0;
-  const auto frame_of = [&](int64_t n) { return n / a.points_per_batch * a.frames + clamp_index(a.t[n], a.frames); };
+  const auto frame_of = [&](int64_t n) { return n / a.points_per_batch * a.frames + patch_frame(a, n); };
   for (int64_t n = 0; n < points; ++n) ++start[frame_of(n)];
   for (int64_t f = 1; f <= frames; ++f) start[f] += start[f - 1];
   for (int64_t n = points - 1; n >= 0; --n) sorted[--start[frame_of(n)]] = place_of<P>(a, n);

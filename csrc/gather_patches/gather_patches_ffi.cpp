@@ -59,7 +59,7 @@ static ffi::Error gather_patches_backward_ffi(FfiLaunch launch, ffi::AnyBuffer d
                                               int64_t coordinates, int64_t border) {
   PatchArgs args{};
   if (!patch_sizes(launch, video, points, t, size, mode, coordinates, border, &args) ||
-      !is_patches(d_out, args, video.element_type()) || d_video->element_count() != video.element_count() ||
+      !is_patches(d_out, args, video.element_type()) || d_video->element_count() != (args.dtype == kUint8 ? 0 : video.element_count()) ||
       d_video->element_type() != d_out.element_type() || d_points->element_count() != points.element_count() ||
       d_points->element_type() != points.element_type()) {
     return ffi::Error::InvalidArgument("gather_patches_backward: d_out, video, points, t and their gradients do not fit");

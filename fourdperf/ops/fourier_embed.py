@@ -105,7 +105,7 @@ def fourier_linear(x: torch.Tensor, frequencies: torch.Tensor, weight: torch.Ten
         dtype = torch.get_autocast_dtype(x.device.type)
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     args = x, frequencies, weight, bias
-    return choose("fourier_linear", LINEAR_BACKENDS, args, backend)(*args)
+    return choose("fourier_linear", LINEAR_BACKENDS_CUDA if x.is_cuda else LINEAR_BACKENDS, args, backend)(*args)
 
 
 def _checked(x, frequencies):
@@ -342,4 +342,5 @@ LINEAR_BACKENDS = (
     Backend("triton", _TRITON[1], _why_not_triton),
     Backend("eager", fourier_linear_eager, always),
 )
+LINEAR_BACKENDS_CUDA = (LINEAR_BACKENDS[1], LINEAR_BACKENDS[0], LINEAR_BACKENDS[2])  # Triton has the tensor cores
 BACKENDS = EMBED_BACKENDS

@@ -243,6 +243,45 @@ def test_transforms(backend):
             torch.func.jvp(lambda x: embed(x, f), (x,), (x,))
 
 
+@pytest.mark.parametrize("backend", ["jnp", "ffi"])
+def test_jax(backend):
+    """Both JAX backends against torch: value and gradients, jit, vmap, second order, foreign orders."""
+    jax, jnp = pytest.importorskip("jax"), pytest.importorskip("jax.numpy")
+    from fourdperf.jax.ops import fourier_columns as jax_columns
+    from fourdperf.jax.ops import fourier_embed as jax_embed
+    from fourdperf.jax.ops import fourier_linear as jax_linear
+    from fourdperf.jax.ops import linear_range as jax_range
+
+    x, f, (weight, bias) = sample((3, 7, 2), torch.float32), linear_range(0.5, 4, 5), (t.float() for t in layer(2, 5, 21).values())
+    args = [jnp.asarray(t.numpy()) for t in (x, f, weight, bias)]
+    assert np.array_equal(jax_range(0.5, 4, 5), f.numpy())
+    assert np.array_equal(jax_columns(2, 5, ("dim", "band", "trig")), fourier_columns(2, 5, ("dim", "band", "trig")).numpy())
+    inputs = [t.double().requires_grad_() for t in (x, f, weight, bias)]
+    out = fourier_linear(*inputs, backend="eager")
+    cotangent = sample(out.shape, torch.float32, seed=9)
+    grads = torch.autograd.grad(out, inputs, cotangent.double())
+    got, pullback = jax.vjp(jax.jit(lambda *args: jax_linear(*args, backend=backend)), *args)
+    for ours, want in zip((got, *pullback(jnp.asarray(cotangent.numpy()))), (out, *grads)):
+        want = want.detach().numpy()
+        assert np.abs(np.asarray(ours) - want).max() <= 1e-5 * np.abs(want).max()
+    embed = lambda x, f: jax_embed(x, f, backend=backend)
+    each = jax.vmap(embed, (0, None))(*args[:2])
+    assert np.abs(np.asarray(each) - fourier_embed(x.double(), f.double(), backend="eager").numpy()).max() <= 2e-6
+    energy = lambda backend: lambda x, f: (jax_embed(x, f, backend=backend) ** 3).sum()
+    second = lambda backend: jax.grad(lambda x, f: (jax.grad(energy(backend))(x, f) ** 2).sum(), (0, 1))(*args[:2])
+    for ours, want in zip(second(backend), second("jnp")):
+        assert np.allclose(ours, want, rtol=1e-3, atol=1e-3 * np.abs(want).max())
+    assert jax_linear(args[0], args[1], args[2], backend=backend).shape == (3, 7, 21)
+    assert embed(args[0][:0], args[1]).shape == (0, 7, 20)
+    for dtype in ("bfloat16", "float16"):
+        half = jax_linear(args[0], args[1], args[2].astype(dtype), args[3].astype(dtype), backend=backend)
+        assert half.dtype == dtype and np.allclose(np.asarray(half.astype("float32")), np.asarray(got), rtol=0.05, atol=0.1)
+    if backend == "ffi":
+        assert np.array_equal(np.asarray(embed(*args[:2])), fourier_embed(x, f, backend="native").numpy())  # the same machine code
+    with pytest.raises(ValueError, match="frequencies must have shape"):
+        embed(args[0], args[1][None])
+
+
 def test_threads_change_nothing():
     x, before = sample((20011, 2), torch.float32).requires_grad_(), torch.get_num_threads()
     f, (weight, bias) = octaves(3).requires_grad_(), (t.float() for t in layer(2, 3, 70).values())

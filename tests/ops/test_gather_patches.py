@@ -218,6 +218,40 @@ def test_transforms(backend):
     assert torch.allclose(d_video, torch.autograd.grad(2 * run(video, t, points).sum(), video)[0], atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["jnp", "ffi"])
+@modes
+@borders
+def test_jax(backend, mode, border):
+    """Both JAX backends against torch: value and gradients, uint8, vmap, second order."""
+    jax, jnp = pytest.importorskip("jax"), pytest.importorskip("jax.numpy")
+    from fourdperf.jax.ops import gather_patches as jax_gather
+
+    data = inputs((2, 3, 9, 10, 3), 6)
+    video, t, points = data["video"].float(), data["t"], data["points"].float()
+    arrays = [jnp.asarray(x.numpy()) for x in (video, points)]
+    run = lambda video, points, backend=backend: jax_gather(video, jnp.asarray(t.numpy()), points, 5, mode=mode, border=border, backend=backend)
+    video, points = video.requires_grad_(), points.requires_grad_()
+    want = gather_patches(video, t, points, 5, mode=mode, border=border, backend="eager")
+    cotangent = sample(want.shape, torch.float32, seed=5)
+    grads = torch.autograd.grad(want, (video, points), cotangent, allow_unused=True)
+    got, pullback = jax.vjp(jax.jit(run), *arrays)
+    assert np.allclose(got, want.detach().numpy(), atol=1e-5)
+    for ours, theirs in zip(pullback(jnp.asarray(cotangent.numpy())), grads):
+        assert np.allclose(ours, 0 if theirs is None else theirs.numpy(), atol=1e-4)
+    byte = (video.detach() * 50 + 100).to(torch.uint8)
+    ours, plain = run(jnp.asarray(byte.numpy()), arrays[1]), gather_patches(byte, t, points, 5, mode=mode, border=border, backend="eager")
+    assert str(ours.dtype) == str(plain.dtype).removeprefix("torch.") and np.allclose(ours, plain.detach().numpy(), atol=1e-3)
+    mapped = jax.vmap(run, (0, None))(jnp.stack([arrays[0], 2 * arrays[0]]), arrays[1])
+    assert np.allclose(mapped[1], 2 * got, atol=1e-5)
+    if mode == "bilinear":
+        energy = lambda backend: lambda *args: (run(*args, backend=backend) ** 3).sum()
+        second = lambda backend: jax.grad(lambda *args: sum((g**2).sum() for g in jax.grad(energy(backend), (0, 1))(*args)), (0, 1))(*arrays)
+        for ours, theirs in zip(second(backend), second("jnp")):
+            assert np.allclose(ours, theirs, rtol=1e-3, atol=1e-3 * np.abs(theirs).max())
+        d_points = jax.grad(lambda points: run(jnp.asarray(byte.numpy()), points).sum())(arrays[1])
+        assert np.isfinite(d_points).all() and np.abs(d_points).max() > 0
+
+
 def test_threads_change_nothing():
     data, before = inputs((2, 3, 90, 260, 3), 500), torch.get_num_threads()
     video, points, t = data["video"].float().requires_grad_(), data["points"].float().requires_grad_(), data["t"]

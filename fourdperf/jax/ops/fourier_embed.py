@@ -88,7 +88,8 @@ def fourier_columns(dims: int, bands: int, axes: Sequence[str]) -> np.ndarray:
 
 
 def _embed_jnp(x, frequencies):
-    angles = (x.astype(frequencies.dtype)[..., None] * frequencies).reshape(*x.shape[:-1], -1)
+    angles = (x.astype(frequencies.dtype)[..., None] * frequencies)
+    angles = angles.reshape(*x.shape[:-1], x.shape[-1] * frequencies.shape[0])
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1).astype(x.dtype)
 
 

@@ -37,7 +37,7 @@ def gather_patches(video: jax.Array, t: jax.Array, points: jax.Array, size: int 
         if border == "shift" and min(video.shape[2:4]) < size:
             raise ValueError(f"border='shift' needs frames of at least {size} x {size} pixels, got {video.shape[2]} x {video.shape[3]}")
     points = points if points.dtype == jnp.float64 else points.astype(jnp.float32)
-    t = t.astype(jnp.int32)
+    t = jnp.clip(t, 0, max(video.shape[1] - 1, 0)).astype(jnp.int32)
     options = size, mode, coordinates, border
     if choose("gather_patches", ffi_why_not(), backend) == "jnp" or not t.size * video.size:
         return _gather_jnp(video, points, t, *options)
@@ -98,7 +98,8 @@ def _gather(video, points, t, options):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _backward(d_out, video, points, t, options):
     call = jax.ffi.ffi_call("fourdperf_gather_patches_backward",
-                            (jax.ShapeDtypeStruct(video.shape, d_out.dtype), jax.ShapeDtypeStruct(points.shape, points.dtype)),
+                            (jax.ShapeDtypeStruct((0,) if video.dtype == jnp.uint8 else video.shape, d_out.dtype),
+                             jax.ShapeDtypeStruct(points.shape, points.dtype)),
                             vmap_method="sequential")
     return call(d_out, video, points, t, **_attributes(options))
 
