@@ -16,12 +16,13 @@ namespace fourdperf {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kBlocks = 4;  // blocks that shall fit a multiprocessor: 64 registers a thread, no spills
 constexpr int kTile = 2048;
 constexpr int64_t kTaskRows = kFourierTask;
 constexpr int kSide = 64, kDepth = 8;  // linear: tile of the output, angles of a slice
 
 template <class X, class A>
-__global__ void __launch_bounds__(kThreads) embed_kernel(const X* __restrict__ x, const A* __restrict__ f, X* __restrict__ out,
+__global__ void __launch_bounds__(kThreads, kBlocks) embed_kernel(const X* __restrict__ x, const A* __restrict__ f, X* __restrict__ out,
                                                          int64_t rows, int dims, int bands, int rows_per_block) {
   const int per_row = dims * bands;
   for (int64_t row = int64_t(blockIdx.x) * rows_per_block; row < rows; row += int64_t(gridDim.x) * rows_per_block) {
@@ -46,7 +47,7 @@ template <class A> __device__ __forceinline__ A warp_sum(A v) {
 }
 
 template <class X, class A>
-__global__ void __launch_bounds__(kThreads) backward_kernel(const X* __restrict__ d_out, const X* __restrict__ x,
+__global__ void __launch_bounds__(kThreads, kBlocks) backward_kernel(const X* __restrict__ d_out, const X* __restrict__ x,
                                                             const A* __restrict__ f, X* __restrict__ d_x,
                                                             double* __restrict__ sums, int64_t rows, int dims, int bands) {
   __shared__ A g[kTile];
@@ -101,7 +102,7 @@ __global__ void add_kernel(const double* __restrict__ sums, A* __restrict__ d_fr
 }
 
 template <class W, class A>
-__global__ void __launch_bounds__(kThreads) linear_kernel(const A* __restrict__ x, const A* __restrict__ f,
+__global__ void __launch_bounds__(kThreads, kBlocks) linear_kernel(const A* __restrict__ x, const A* __restrict__ f,
                                                           const W* __restrict__ weight, const W* __restrict__ bias,
                                                           W* __restrict__ out, int64_t rows, int dims, int bands,
                                                           int64_t features) {

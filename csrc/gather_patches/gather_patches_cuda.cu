@@ -13,6 +13,7 @@ namespace fourdperf {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32, kSide = 16, kChannels = 4;
+constexpr int kBlocks = 4;  // blocks that shall fit a multiprocessor: 64 registers a thread, no spills
 
 template <class P> struct Place {
   PatchAxis<P> y, x;
@@ -41,7 +42,7 @@ template <class T, class P, bool between> struct Corners {
 };
 
 template <class T, class O, class P, bool between>
-__global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant__ PatchArgs a) {
+__global__ void __launch_bounds__(kThreads, kBlocks) gather_kernel(const __grid_constant__ PatchArgs a) {
   using A = acc_t<T>;
   const int size = int(a.size), channels = int(a.channels), elements = size * size * channels;
   const int64_t own = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
@@ -66,7 +67,7 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant_
   }
 }
 
-template <class T, class O, class P> __global__ void __launch_bounds__(kThreads) points_kernel(const __grid_constant__ PatchArgs a) {
+template <class T, class O, class P> __global__ void __launch_bounds__(kThreads, kBlocks) points_kernel(const __grid_constant__ PatchArgs a) {
   using A = acc_t<T>;
   const int size = int(a.size), channels = int(a.channels), elements = size * size * channels;
   const int64_t own = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
@@ -109,7 +110,7 @@ struct Span {
 };
 
 template <class T, class P, bool between>
-__global__ void __launch_bounds__(kThreads) video_kernel(const __grid_constant__ PatchArgs a) {
+__global__ void __launch_bounds__(kThreads, kBlocks) video_kernel(const __grid_constant__ PatchArgs a) {
   using A = acc_t<T>;
   __shared__ int64_t s_y[kThreads], s_x[kThreads], s_point[kThreads];
   __shared__ A s_fy[kThreads], s_fx[kThreads];
