@@ -35,9 +35,9 @@ import torch
 from fourdperf.ops.backends import (
     DTYPE_CODES,
     Backend,
-    always,
     choose,
     define,
+    eager_why_not,
     native_why_not,
     triton_why_not,
     where,
@@ -202,16 +202,8 @@ def _define(name, resize_axis):
     return op
 
 
-def _why_not_native(x, *rest):
-    return native_why_not(x)
-
-
-def _why_not_triton(x, *rest):
-    return triton_why_not(x)
-
-
 BACKENDS = (
-    Backend("native", _define("resize", _native_axis), _why_not_native),
-    Backend("triton", _define("resize_triton", _triton_axis), _why_not_triton),
-    Backend("eager", resize_eager, always),
+    Backend("native", _define("resize", _native_axis), native_why_not),
+    Backend("triton", _define("resize_triton", _triton_axis), triton_why_not),
+    Backend("eager", resize_eager, eager_why_not),
 )
