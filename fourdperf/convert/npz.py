@@ -10,11 +10,11 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 
-from fourdperf.models.checkpoint import CheckpointError, atomic_write
+from fourdperf.data.files import atomic_path
+from fourdperf.models.checkpoint import CheckpointError
 
 FLOATS = (np.float16, np.float32, np.float64)
 
@@ -84,7 +84,7 @@ def _explained(path: str | os.PathLike) -> Iterator[None]:
 
 def write_npz(path: str | os.PathLike, arrays: Iterable[tuple[str, np.ndarray]]) -> None:
     """Write an uncompressed `.npz`, as `numpy.savez` does, holding one array in memory at a time."""
-    with atomic_write(Path(path)) as file, zipfile.ZipFile(file, "w", allowZip64=True) as archive:
+    with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w", allowZip64=True) as archive:
         for name, array in arrays:
             with archive.open(f"{name}.npy", "w", force_zip64=True) as stream:
                 np.lib.format.write_array(stream, np.ascontiguousarray(array), allow_pickle=False)

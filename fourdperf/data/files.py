@@ -1,7 +1,6 @@
 """Files that appear complete or not at all: written beside their target under another name, then renamed."""
 
 import contextlib
-import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,10 +25,12 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
         yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())  # the new name must not reach the disk before the data
         os.replace(temporary, path)
     except OSError as error:
-        # A failing write knows no name; other errors passing through here already say what they are about.
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO) and error.filename is None:
+        # A failing write knows no name, or the temporary one; other errors here already say what they are about.
+        if error.filename in (None, str(temporary), temporary) and error.errno is not None:
             raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error
         raise
     finally:

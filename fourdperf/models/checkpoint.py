@@ -6,14 +6,15 @@ full disk leaves the old checkpoint or none. Nothing here reads or writes a pick
 
 import json
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+
+from fourdperf.data.files import atomic_path, write_text
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -36,22 +37,6 @@ class Entry(NamedTuple):
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
-@contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that appears at `path` when the block ends well, and leaves nothing when it does not."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_tensors(path: Path, entries: list[Entry], tensors: Iterable[Tensor]) -> None:
     """Write a safetensors file, holding one tensor in memory at a time; `tensors` come in the order of `entries`."""
     header, offset = {"__metadata__": {"format": "pt"}}, 0
@@ -61,7 +46,7 @@ def write_tensors(path: Path, entries: list[Entry], tensors: Iterable[Tensor]) -
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with atomic_write(path) as file:
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for entry, tensor in zip(entries, tensors, strict=True):
             if (tensor.dtype, tensor.shape) != (entry.dtype, entry.shape):
@@ -81,8 +66,7 @@ def write_checkpoint(
     path.mkdir(parents=True, exist_ok=True)
     try:
         write_tensors(path / WEIGHTS, entries, tensors)
-        with atomic_write(path / CONFIG) as file:
-            file.write(json.dumps({"model": model, **config}, indent=2).encode() + b"\n")
+        write_text(path / CONFIG, json.dumps({"model": model, **config}, indent=2) + "\n")
     except BaseException:
         if created:
             (path / WEIGHTS).unlink(missing_ok=True)

@@ -16,11 +16,6 @@ jax = pytest.importorskip("jax")
 jnp = jax.numpy
 flax4d = pytest.importorskip("fourdperf.jax.models.scaling4d")
 
-# PyTorch collects the functions that obey a device context when it first meets one; the fixture that poisons memory
-# replaces some of them, so that has to happen before.
-with torch.device("meta"):
-    torch.empty(0)
-
 ENCODERS = names("encoder_", "extra_encoder_")
 DEPTHS = names("depth_")
 READOUTS = names("readout_")
