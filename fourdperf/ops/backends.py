@@ -137,7 +137,7 @@ def define(schema: str, *, fake: Callable, backward: Callable | None = None, set
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     name = schema.split("(")[0]
     for key, implementation in implementations.items():
-        _library.impl(name, implementation, key)
+        _library.impl(name, _on_its_device(implementation) if key == "CUDA" else implementation, key)
     torch.library.register_fake(f"fourdperf::{name}", fake, lib=_library)
     op = getattr(torch.ops.fourdperf, name)
     if vmap is not None:
@@ -156,6 +156,16 @@ def define(schema: str, *, fake: Callable, backward: Callable | None = None, set
         return op(*args)
 
     return call
+
+
+def _on_its_device(implementation):
+    """A launch goes to the current device, which may not be that of the tensors."""
+
+    def run(x, *args):
+        with torch.cuda.device(x.device):
+            return implementation(x, *args)
+
+    return run
 
 
 DTYPE_CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
