@@ -45,9 +45,9 @@ import torch.nn.functional as F
 from fourdperf.ops.backends import (
     DTYPE_CODES,
     Backend,
-    always,
     choose,
     define,
+    eager_why_not,
     native_why_not,
     triton_why_not,
     where,
@@ -321,26 +321,18 @@ def _triton_linear(*args):
     linear(*args)
 
 
-def _why_not_native(x, *rest):
-    return native_why_not(x)
-
-
-def _why_not_triton(x, *rest):
-    return triton_why_not(x)
-
-
 _NATIVE = _define("", _native_embed, _native_backward, _native_linear)
 _TRITON = _define("_triton", _triton_embed, _triton_backward, _triton_linear)
 
 EMBED_BACKENDS = (
-    Backend("native", _NATIVE[0], _why_not_native),
-    Backend("triton", _TRITON[0], _why_not_triton),
-    Backend("eager", fourier_embed_eager, always),
+    Backend("native", _NATIVE[0], native_why_not),
+    Backend("triton", _TRITON[0], triton_why_not),
+    Backend("eager", fourier_embed_eager, eager_why_not),
 )
 LINEAR_BACKENDS = (
-    Backend("native", _NATIVE[1], _why_not_native),
-    Backend("triton", _TRITON[1], _why_not_triton),
-    Backend("eager", fourier_linear_eager, always),
+    Backend("native", _NATIVE[1], native_why_not),
+    Backend("triton", _TRITON[1], triton_why_not),
+    Backend("eager", fourier_linear_eager, eager_why_not),
 )
 LINEAR_BACKENDS_CUDA = (LINEAR_BACKENDS[1], LINEAR_BACKENDS[0], LINEAR_BACKENDS[2])  # Triton has the tensor cores
 BACKENDS = EMBED_BACKENDS

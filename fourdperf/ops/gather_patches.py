@@ -41,9 +41,9 @@ import torch
 from fourdperf.ops.backends import (
     DTYPE_CODES,
     Backend,
-    always,
     choose,
     define,
+    eager_why_not,
     native_why_not,
     triton_why_not,
     where,
@@ -275,18 +275,14 @@ def _triton_backward(*args):
     gather_backward(*args)
 
 
-def _why_not_native(video, *rest):
-    return native_why_not(video)
-
-
-def _why_not_triton(video, *rest):
+def _triton_why_not(video, *rest):
     if video.is_cuda and video.requires_grad and torch.are_deterministic_algorithms_enabled():
         return "its gradient of the video adds with atomics, and deterministic algorithms are asked for"
-    return triton_why_not(video)
+    return None
 
 
 BACKENDS = (
-    Backend("native", _define("", _native, _native_backward), _why_not_native),
-    Backend("triton", _define("_triton", _triton, _triton_backward), _why_not_triton),
-    Backend("eager", gather_patches_eager, always),
+    Backend("native", _define("", _native, _native_backward), native_why_not),
+    Backend("triton", _define("_triton", _triton, _triton_backward), triton_why_not, _triton_why_not),
+    Backend("eager", gather_patches_eager, eager_why_not),
 )
