@@ -5,9 +5,16 @@ torch, torch.compile of it, JAX jit.
 """
 
 import torch
-
 from fourdperf.benchmarks.harness import Case
-from fourdperf.ops.fourier_embed import fourier_embed, fourier_embed_eager, fourier_linear, fourier_linear_eager, linear_range, octaves
+
+from fourdperf.ops.fourier_embed import (
+    fourier_embed,
+    fourier_embed_eager,
+    fourier_linear,
+    fourier_linear_eager,
+    linear_range,
+    octaves,
+)
 
 # name: coordinates (N, D), frequencies, features of the linear layer
 SHAPES = {

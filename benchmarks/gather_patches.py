@@ -6,8 +6,8 @@ F.grid_sample (bilinear), torch.compile of the indexing, and, for the record, th
 
 import torch
 import torch.nn.functional as F
-
 from fourdperf.benchmarks.harness import Case
+
 from fourdperf.ops.gather_patches import gather_patches, gather_patches_eager
 
 # name: video, points of each clip
@@ -50,7 +50,7 @@ def _case(name, shape, n, dtype, mode, device):
         providers["copied frames, grid_sample"] = lambda: _grid_sample(video, t, points)
     out = providers["fourdperf"]()
     return Case("gather_patches", f"{name}, {mode}", str(dtype).removeprefix("torch."), providers,
-                bytes=out.nbytes + out.numel() * video.element_size(), tolerance=1e-5)
+                bytes=out.nbytes + out.numel() * video.element_size(), tolerance=5e-5)  # grid_sample rounds positions in [-1, 1]
 
 
 def _backward_case(device):

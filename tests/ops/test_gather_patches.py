@@ -80,10 +80,11 @@ def test_goldens(backend):
             array = lambda key: torch.from_numpy(golden[key])
             video, t, points, want = (array(key) for key in ("in/images", "in/t_src", "in/coords", "out/patches"))
             video = video.requires_grad_()
-            run = lambda t: gather_patches(video.permute(0, 1, 3, 4, 2), t, points, want.shape[-1], backend=backend)
-            patches = run(t).permute(0, 1, 4, 2, 3)
+            moved, size = video.permute(0, 1, 3, 4, 2), want.shape[-1]
+            patches = gather_patches(moved, t, points, size, backend=backend).permute(0, 1, 4, 2, 3)
             assert torch.equal(patches, want)
-            assert torch.equal(run(torch.zeros_like(t)).permute(0, 1, 4, 2, 3), array("out/patches_frame0"))
+            first = gather_patches(moved, torch.zeros_like(t), points, size, backend=backend).permute(0, 1, 4, 2, 3)
+            assert torch.equal(first, array("out/patches_frame0"))
             out = F.conv2d(patches.flatten(0, 1), array("params/conv.0.weight"), array("params/conv.0.bias"), padding=1)
             out = F.conv2d(out.relu(), array("params/conv.2.weight"), array("params/conv.2.bias")).flatten(1)
             out = out.reshape(*t.shape, -1)
@@ -175,16 +176,18 @@ def test_empty(shape, n, mode, target):
 def test_derivatives_and_registration(backend, border):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     suffix = "" if backend == "native" else "_triton"
-    data = {k: x.to(device) for k, x in inputs((1, 2, 5, 6, 1), 3).items()}
+    data = {k: x.to(device) for k, x in inputs((1, 2, 4, 3, 1), 2).items()}
     video, points, t = data["video"].requires_grad_(), (data["points"] * 0.7).requires_grad_(), data["t"]
     run = lambda video, points: gather_patches(video, t, points, 3, mode="bilinear", border=border, backend=backend)
-    assert torch.autograd.gradcheck(run, (video, points)) and torch.autograd.gradgradcheck(run, (video, points))
     whole = lambda video: gather_patches(video, t, points, 3, border=border, backend=backend) ** 2
-    assert torch.autograd.gradcheck(whole, video) and torch.autograd.gradgradcheck(whole, video)
+    fast = backend == "triton" and device == "cpu"  # random directions: the interpreter is slow
+    for function, args in ((run, (video, points)), (whole, (video,))):
+        assert torch.autograd.gradcheck(function, args, fast_mode=fast)
+        assert torch.autograd.gradgradcheck(function, args, fast_mode=fast)
     video, points = video.detach().float().requires_grad_(), points.detach().float().requires_grad_()
     ops = torch.ops.fourdperf
     forward, backward = getattr(ops, f"gather_patches{suffix}"), getattr(ops, f"gather_patches_backward{suffix}")
-    d_out = sample((1, 3, 3, 3, 1), torch.float32).to(device)
+    d_out = sample((1, 2, 3, 3, 1), torch.float32).to(device)
     for mode in ("bilinear", "round"):
         torch.library.opcheck(forward, (video, t, points, 3, mode, "scaled", border))
     byte = (video.detach() * 50 + 100).to(torch.uint8)
