@@ -51,58 +51,53 @@ void bilinear_sample_bwd_bwd_cuda(const SampleArgs& args);
 namespace {
 
 // a b + c with two roundings; the compiler may not fuse them.
-FOURDPERF_HOST_DEVICE float product_plus(float a, float b, float c) {
-#ifdef __CUDA_ARCH__
-  return __fadd_rn(__fmul_rn(a, b), c);
+template <class A> FOURDPERF_HOST_DEVICE A product_plus(A a, A b, A c) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(A) == 8) return __dadd_rn(__dmul_rn(a, b), c);
+  else return __fadd_rn(__fmul_rn(a, b), c);
+#elif defined(__GNUC__) && __GNUC__ >= 12 && !defined(__clang__)
+  return __builtin_assoc_barrier(a * b) + c;
 #else
-  volatile float product = a * b;
-  return product + c;
-#endif
-}
-FOURDPERF_HOST_DEVICE double product_plus(double a, double b, double c) {
-#ifdef __CUDA_ARCH__
-  return __dadd_rn(__dmul_rn(a, b), c);
-#else
-  volatile double product = a * b;
+  volatile A product = a * b;
   return product + c;
 #endif
 }
 
-FOURDPERF_HOST_DEVICE bool inside(int64_t i, int64_t n) { return uint64_t(i) < uint64_t(n); }
+FOURDPERF_HOST_DEVICE bool inside(int64_t i, int64_t n) { return uint64_t(i) < uint64_t(n); }  // 0 <= i < n
 
-// Along one axis of n pixels: the lower neighbour, the share of the upper one, and d position / d coordinate.
+// Along one axis of n pixels: the lower neighbour (a whole number), the share of the upper one, d position / d coordinate.
 // A neighbour that is not inside [0, n) is not in the map; a coordinate without a position has share and slope NaN.
-template <class A> struct Place {
-  int64_t first;
-  A share, slope;
-};
+template <class A> struct Place { A whole, share, slope; };
 
+// No branches but on the rule, so that loops over points become vectors.
 template <class A> FOURDPERF_HOST_DEVICE Place<A> locate(A x, int64_t n, SampleRule rule) {
-  constexpr int64_t nowhere = -2;
-  const A cells = A(rule.align_corners ? n - 1 : n);
+  constexpr A nowhere = -2;
+  const A cells = A(rule.align_corners ? n - 1 : n), last = A(n - 1);
   const A low = rule.align_corners || rule.mode == Sampling::nearest_floor ? A(0) : A(-0.5);
   A slope = rule.is_signed ? cells / 2 : cells;
   A p = product_plus(rule.is_signed ? x + 1 : x, slope, low);
-  if (cells == 0) {
-    p = x == x ? A(0) : x;
-  } else if (rule.border == Border::reflect) {
+  if (cells == 0) p = x == x ? A(0) : x;
+  if (rule.border == Border::reflect && cells != 0) {
     const A distance = p < low ? low - p : p - low;
     const A turn = distance < 2 * cells ? distance : A(fmod(distance, 2 * cells));
-    if ((p < low) != (turn > cells)) slope = -slope;
+    slope = (p < low) != (turn > cells) ? -slope : slope;
     p = low + (turn <= cells ? turn : 2 * cells - turn);
   }
+  bool somewhere = p == p;
   if (rule.border == Border::zeros) {
-    if (p <= A(-1) || p >= A(n)) return {nowhere, A(0), A(0)};
+    const bool outside = p <= A(-1) || p >= A(n);
+    slope = outside ? A(0) : slope;
+    somewhere = somewhere && !outside;
+    p = outside ? nowhere : p;
   } else {
-    const A last = A(n - 1);
-    if (p >= last) p = last, slope = A(0);
-    if (p < A(0)) p = A(0), slope = A(0);
+    slope = p >= last || p < A(0) ? A(0) : slope;
+    p = p >= last ? last : p;
+    p = p < A(0) ? A(0) : p;
   }
-  if (!(p == p)) return {nowhere, p, p};
-  if (rule.mode == Sampling::nearest_round) return {int64_t(rint(p)), A(0), A(0)};
-  const A whole = floor(p);
-  if (rule.mode == Sampling::nearest_floor) return {int64_t(whole), A(0), A(0)};
-  return {int64_t(whole), p - whole, slope};
+  const A whole = rule.mode == Sampling::nearest_round ? rint(p) : floor(p);
+  if (rule.mode != Sampling::bilinear) slope = A(0);
+  const A share = rule.mode == Sampling::bilinear || p != p ? p - whole : A(0);
+  return {somewhere ? whole : nowhere, share, p == p ? slope : p};
 }
 
 }  // namespace

@@ -24,15 +24,59 @@ constexpr int64_t kKeys = 16384;         // stretches that points are sorted int
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// The places of up to kBlock points, worked out side by side.
+constexpr int kBlock = 64;
+
+template <class A> struct Places { A whole[kBlock], share[kBlock], slope[kBlock]; };
+
+template <Sampling M, Border B, class A> void locate_as(const A* x, int count, int64_t n, SampleRule rule, Places<A>& places) {
+  rule.mode = M;
+  rule.border = B;
+  for (int i = 0; i < count; ++i) {
+    const Place<A> place = locate(x[i], n, rule);
+    places.whole[i] = place.whole, places.share[i] = place.share, places.slope[i] = place.slope;
+  }
+}
+
+template <Sampling M, class A> void locate_as(const A* x, int count, int64_t n, SampleRule rule, Places<A>& places) {
+  switch (rule.border) {
+    case Border::clamp: return locate_as<M, Border::clamp>(x, count, n, rule, places);
+    case Border::zeros: return locate_as<M, Border::zeros>(x, count, n, rule, places);
+    case Border::reflect: return locate_as<M, Border::reflect>(x, count, n, rule, places);
+  }
+}
+
+template <class A> struct Block {
+  A x[kBlock], y[kBlock];
+  Places<A> along_x, along_y;
+
+  void locate(int count, const SampleArgs& a) {
+    one_axis(x, count, a.width, a.rule, along_x);
+    one_axis(y, count, a.height, a.rule, along_y);
+  }
+
+ private:
+  static void one_axis(const A* x, int count, int64_t n, SampleRule rule, Places<A>& places) {
+    switch (rule.mode) {
+      case Sampling::bilinear: return locate_as<Sampling::bilinear>(x, count, n, rule, places);
+      case Sampling::nearest_floor: return locate_as<Sampling::nearest_floor>(x, count, n, rule, places);
+      case Sampling::nearest_round: return locate_as<Sampling::nearest_round>(x, count, n, rule, places);
+    }
+  }
+};
+
 // The four pixels around one point, or the one nearest to it (K = 1); -1: not in the map.
 template <class A, int K> struct Corners {
   Place<A> x, y;
   int64_t pixel[K], kept[K];  // kept: those that the visitor of this point may write to
 
-  Corners(const A* xy, const SampleArgs& a) : x(locate(xy[0], a.width, a.rule)), y(locate(xy[1], a.height, a.rule)) {
+  Corners(const Block<A>& block, int at, const SampleArgs& a)
+      : x{block.along_x.whole[at], block.along_x.share[at], block.along_x.slope[at]},
+        y{block.along_y.whole[at], block.along_y.share[at], block.along_y.slope[at]} {
+    const int64_t left = int64_t(x.whole), top = int64_t(y.whole), first = top * a.width + left;
     for (int k = 0; k < K; ++k) {
-      const int64_t i = x.first + (k & 1), j = y.first + (k >> 1);
-      pixel[k] = inside(i, a.width) && inside(j, a.height) ? j * a.width + i : -1;
+      const bool in = inside(left + (k & 1), a.width) & inside(top + (k >> 1), a.height);
+      pixel[k] = in ? first + (k & 1) + (k >> 1) * a.width : -1;
     }
   }
 
@@ -80,13 +124,22 @@ class ByRow {
     for (int64_t t = 0; t < chunks; ++t) {
       int64_t* count = &next[t * keys];
       for (int64_t i = 0; i < keys; ++i) count[i] = 0;
-      for (int64_t p = total * t / chunks, end = total * (t + 1) / chunks; p < end; ++p) {
-        const int64_t b = p / a.points, n = p % a.points;
-        const A* xy = static_cast<const A*>(a.xy) + b * a.xy_stride + 2 * n;
-        const int64_t i = locate(xy[0], a.width, a.rule).first, j = locate(xy[1], a.height, a.rule).first;
-        const int64_t row = b * a.height + larger(0, smaller(j, a.height - 1));
-        key[p] = row * per_row + (larger(0, smaller(i, a.width - 1)) >> shift);
-        ++count[key[p]];
+      Block<A> block;
+      for (int64_t p = total * t / chunks, end = total * (t + 1) / chunks; p < end; p += kBlock) {
+        const int size = int(smaller(kBlock, end - p));
+        int64_t b = p / a.points, n = p % a.points, batch[kBlock];
+        for (int i = 0; i < size; ++i) {
+          const A* xy = static_cast<const A*>(a.xy) + b * a.xy_stride + 2 * n;
+          block.x[i] = xy[0], block.y[i] = xy[1], batch[i] = b;
+          if (++n == a.points) n = 0, ++b;
+        }
+        block.locate(size, a);
+        for (int i = 0; i < size; ++i) {
+          const int64_t column = int64_t(block.along_x.whole[i]), y = int64_t(block.along_y.whole[i]);
+          const int64_t row = batch[i] * a.height + larger(0, smaller(y, a.height - 1));
+          key[p + i] = row * per_row + (larger(0, smaller(column, a.width - 1)) >> shift);
+          ++count[key[p + i]];
+        }
       }
     }
     int64_t sum = 0;
@@ -128,19 +181,27 @@ template <class T, int K, bool Stream> void fwd(const SampleArgs& a) {
   SampleArgs none = a;
   none.batch = none.points = 0;
   ByRow by_row(sorted ? a : none, Tag<A>{});
-  constexpr int64_t kChunk = 512;
 #pragma omp parallel num_threads(a.threads)
   {
+    Block<A> block;
 #pragma omp for schedule(static)
-    for (int64_t chunk = 0; chunk < (total + kChunk - 1) / kChunk; ++chunk) {
-      for (int64_t i = chunk * kChunk, end = smaller(i + kChunk, total); i < end; ++i) {
-        const int64_t p = sorted ? by_row.order[i] : i, b = p / a.points, n = p % a.points;
-        const Corners<A, K> corners(static_cast<const A*>(a.xy) + b * a.xy_stride + 2 * n, a);
+    for (int64_t chunk = 0; chunk < (total + kBlock - 1) / kBlock; ++chunk) {
+      const int64_t begin = chunk * kBlock;
+      const int size = int(smaller(kBlock, total - begin));
+      int64_t point[kBlock], batch[kBlock];
+      for (int i = 0; i < size; ++i) {
+        const int64_t p = sorted ? by_row.order[begin + i] : begin + i, b = p / a.points;
+        const A* xy = static_cast<const A*>(a.xy) + b * a.xy_stride + 2 * (p - b * a.points);
+        block.x[i] = xy[0], block.y[i] = xy[1], point[i] = p, batch[i] = b;
+      }
+      block.locate(size, a);
+      for (int i = 0; i < size; ++i) {
+        const Corners<A, K> corners(block, i, a);
         const T* row[K];
         A w[K];
-        rows<const T, K>(static_cast<const T*>(a.map) + b * a.map_stride, zeros.data(), corners.pixel, c, row);
+        rows<const T, K>(static_cast<const T*>(a.map) + batch[i] * a.map_stride, zeros.data(), corners.pixel, c, row);
         corners.weights(w);
-        T* out = static_cast<T*>(a.out) + p * c;
+        T* out = static_cast<T*>(a.out) + point[i] * c;
         for_vectors<A>(c, [&](int64_t i, auto n) {
           vec<A> sum = broadcast<A>(w[0]) * load<A>(row[0] + i, n);
           for (int k = 1; k < K; ++k) sum += broadcast<A>(w[k]) * load<A>(row[k] + i, n);
@@ -205,17 +266,25 @@ template <class A, int K, class Visit> void by_bands(const SampleArgs& a, ByRow&
   for (int64_t band = 0; band < bands; ++band) {
     const int64_t begin = by_row.band(band, bands), end = by_row.band(band + 1, bands);
     const bool above = K == 4 && scatter && begin < end && begin % a.height != 0;
+    Block<A> block;
     for (int64_t row = begin - above; row < end; ++row) {
       const int64_t b = row / a.height;
-      for (int64_t i = by_row.start[row]; i < by_row.start[row + 1]; ++i) {
-        const int64_t p = by_row.order[i];
-        Corners<A, K> corners(static_cast<const A*>(a.xy) + b * a.xy_stride + 2 * (p - b * a.points), a);
-        for (int k = 0; k < K; ++k) {
-          corners.kept[k] = corners.pixel[k];
-          const int64_t at = b * a.height + corners.y.first + (k >> 1);
-          if (at < begin || at >= end) corners.kept[k] = -1;
+      const A* xy = static_cast<const A*>(a.xy) + b * a.xy_stride;
+      for (int64_t i = by_row.start[row]; i < by_row.start[row + 1]; i += kBlock) {
+        const int size = int(smaller(kBlock, by_row.start[row + 1] - i));
+        for (int at = 0; at < size; ++at) {
+          const int64_t n = by_row.order[i + at] - b * a.points;
+          block.x[at] = xy[2 * n], block.y[at] = xy[2 * n + 1];
         }
-        visit(p, b, corners, row >= begin);
+        block.locate(size, a);
+        for (int at = 0; at < size; ++at) {
+          Corners<A, K> corners(block, at, a);
+          for (int k = 0; k < K; ++k) {
+            const int64_t pixel_row = b * a.height + int64_t(corners.y.whole) + (k >> 1);
+            corners.kept[k] = pixel_row >= begin && pixel_row < end ? corners.pixel[k] : -1;
+          }
+          visit(by_row.order[i + at], b, corners, row >= begin);
+        }
       }
     }
   }

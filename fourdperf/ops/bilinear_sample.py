@@ -160,7 +160,7 @@ def _locate(x, n, mode, coordinates, align_corners, border):
         else:
             outside = (p < 0) | (p >= n - 1)
             p = p.clamp(0, n - 1)
-        slope = torch.where(outside if mode == "bilinear" else True, 0.0, slope)
+        slope = torch.where(outside, 0.0, slope) if mode == "bilinear" else torch.zeros_like(slope)
         slope = torch.where(p.isnan(), p, slope)
         whole = p.round() if mode == "nearest_round" else p.floor()
         p = p if mode == "bilinear" else whole
