@@ -21,6 +21,9 @@ constexpr int64_t kStreamed = 16 << 20;  // bytes of output from which on it is 
 constexpr int64_t kCached = 256 << 10;   // bytes of one map up to which fwd visits points as they come
 constexpr int64_t kKeys = 16384;         // stretches that points are sorted into, if the rows of the maps are not more
 
+constexpr int64_t kAhead = 2;            // points from one row of d_out to the one asked for in advance
+constexpr int64_t kPrefetched = 16384;   // bytes of it
+
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
@@ -170,6 +173,12 @@ class ByRow {
   }
 };
 
+// Whether the result (batch, points, channels) is larger than the caches, and in whole vectors.
+template <class T> bool streams(const SampleArgs& a, const void* result) {
+  return a.batch * a.points * a.channels * int64_t(sizeof(T)) >= kStreamed && a.channels % lanes<acc_t<T>> == 0 &&
+         uintptr_t(result) % kVectorBytes == 0;
+}
+
 // ---- fwd
 
 template <class T, int K, bool Stream> void fwd(const SampleArgs& a) {
@@ -177,7 +186,8 @@ template <class T, int K, bool Stream> void fwd(const SampleArgs& a) {
   const int64_t total = a.batch * a.points, c = a.channels, cells = a.height * a.width;
   Buffer<T> zeros(c);
   memset(zeros.data(), 0, size_t(c) * sizeof(T));
-  const bool sorted = cells * c * int64_t(sizeof(T)) > kCached && 4 * a.points > cells;
+  const int64_t bytes = c * int64_t(sizeof(T));  // of one pixel; sorting costs as much as reading a few lines of cache
+  const bool sorted = bytes >= 256 && cells * bytes > kCached && 4 * a.points > cells;
   SampleArgs none = a;
   none.batch = none.points = 0;
   ByRow by_row(sorted ? a : none, Tag<A>{});
@@ -215,6 +225,15 @@ template <class T, int K, bool Stream> void fwd(const SampleArgs& a) {
 
 // ---- bwd and bwd_bwd
 
+// row_k[i ..] += w_k g. All loads come before all stores: rows often lie a multiple of 4096 bytes apart, where a processor
+// takes a load after a store for one of the same place.
+template <int K, class A, class N>
+inline void add_rows(A* const* row, const A* w, vec<A> g, int64_t i, N n) {
+  vec<A> sum[K];
+  for (int k = 0; k < K; ++k) sum[k] = load<A>(row[k] + i, n) + broadcast<A>(w[k]) * g;
+  for (int k = 0; k < K; ++k) store(row[k] + i, sum[k], n);
+}
+
 // dots_k = <g, row_k>; d_row_k += w_k g
 template <class T, int K, bool Scatter, bool Dots>
 inline void point_bwd(const T* g, const T* const* row, acc_t<T>* const* d_row, const acc_t<T>* w, acc_t<T>* dots, int64_t c) {
@@ -222,10 +241,8 @@ inline void point_bwd(const T* g, const T* const* row, acc_t<T>* const* d_row, c
   vec<A> dot[K] = {};
   for_vectors<A>(c, [&](int64_t i, auto n) {
     const vec<A> g_i = load<A>(g + i, n);
-    for (int k = 0; k < K; ++k) {
-      if constexpr (Dots) dot[k] += g_i * load<A>(row[k] + i, n);
-      if constexpr (Scatter) store(d_row[k] + i, load<A>(d_row[k] + i, n) + broadcast<A>(w[k]) * g_i, n);
-    }
+    if constexpr (Scatter) add_rows<K>(d_row, w, g_i, i, n);
+    for (int k = 0; k < K && Dots; ++k) dot[k] += g_i * load<A>(row[k] + i, n);
   });
   if constexpr (Dots) {
     for (int k = 0; k < K; ++k) dots[k] = reduce_add(dot[k]);
@@ -233,7 +250,7 @@ inline void point_bwd(const T* g, const T* const* row, acc_t<T>* const* d_row, c
 }
 
 // d_g = sum_k w_k h_row_k + t_k row_k; dots_k = <g, row_k>; h_dots_k = <g, h_row_k>; d_row_k += t_k g
-template <class T, bool HasH, bool Scatter>
+template <class T, bool HasH, bool Scatter, bool Stream>
 inline void point_bwd_bwd(const T* g, const T* const* row, const T* const* h_row, acc_t<T>* const* d_row, const acc_t<T>* w,
                           const acc_t<T>* t, T* d_g, acc_t<T>* dots, acc_t<T>* h_dots, int64_t c) {
   using A = acc_t<T>;
@@ -250,17 +267,24 @@ inline void point_bwd_bwd(const T* g, const T* const* row, const T* const* h_row
         sum += broadcast<A>(w[k]) * h;
         h_dot[k] += g_i * h;
       }
-      if constexpr (Scatter) store(d_row[k] + i, load<A>(d_row[k] + i, n) + broadcast<A>(t[k]) * g_i, n);
     }
-    store(d_g + i, sum, n);
+    if constexpr (Scatter) add_rows<4>(d_row, t, g_i, i, n);
+    if constexpr (Stream) stream(d_g + i, sum); else store(d_g + i, sum, n);
   });
   for (int k = 0; k < 4; ++k) dots[k] = reduce_add(dot[k]);
   for (int k = 0; k < 4 && HasH; ++k) h_dots[k] = reduce_add(h_dot[k]);
 }
 
+// Asks for a row of memory that will be read soon. Rows in sorted order follow no pattern that a processor would foresee.
+template <class T> inline void prefetch(const T* row, int64_t size) {
+  const char* p = reinterpret_cast<const char*>(row);
+  for (int64_t i = 0, bytes = smaller(size * int64_t(sizeof(T)), kPrefetched); i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+}
+
 // visit(p, b, corners, own): every point under the band of rows that it writes to; pixels of other bands are -1 there.
 // Where a point's two rows lie in two bands it is visited twice, and `own` is true in the band of its lower neighbours.
-template <class A, int K, class Visit> void by_bands(const SampleArgs& a, ByRow& by_row, bool scatter, Visit&& visit) {
+template <class T, int K, class Visit> void by_bands(const SampleArgs& a, ByRow& by_row, bool scatter, Visit&& visit) {
+  using A = acc_t<T>;
   const int64_t bands = a.threads == 1 ? 1 : smaller(4 * a.threads, by_row.n_rows);
 #pragma omp parallel for num_threads(a.threads) schedule(dynamic, 1)
   for (int64_t band = 0; band < bands; ++band) {
@@ -283,10 +307,14 @@ template <class A, int K, class Visit> void by_bands(const SampleArgs& a, ByRow&
             const int64_t pixel_row = b * a.height + int64_t(corners.y.whole) + (k >> 1);
             corners.kept[k] = pixel_row >= begin && pixel_row < end ? corners.pixel[k] : -1;
           }
+          const int64_t ahead = smaller(i + at + kAhead, by_row.start[row + 1] - 1);
+          const int64_t n = by_row.order[ahead] - b * a.points;
+          prefetch(static_cast<const T*>(a.d_out) + b * a.d_out_stride + n * a.channels, a.channels);
           visit(by_row.order[i + at], b, corners, row >= begin);
         }
       }
     }
+    stream_fence();
   }
 }
 
@@ -305,7 +333,7 @@ template <class T, int K, bool Scatter, bool Dots> void bwd(const SampleArgs& a)
   memset(zeros.data(), 0, size_t(c) * sizeof(T));
   Elsewhere<A> elsewhere(a.threads, c);
   ByRow by_row(a, Tag<A>{});
-  by_bands<A, K>(a, by_row, Scatter, [&](int64_t p, int64_t b, const Corners<A, K>& corners, bool own) {
+  by_bands<T, K>(a, by_row, Scatter, [&](int64_t p, int64_t b, const Corners<A, K>& corners, bool own) {
     const T* g = static_cast<const T*>(a.d_out) + b * a.d_out_stride + (p - b * a.points) * c;
     const T* row[K];
     A *d_row[K], w[K], dots[K];
@@ -324,14 +352,14 @@ template <class T, int K, bool Scatter, bool Dots> void bwd(const SampleArgs& a)
   });
 }
 
-template <class T, bool HasH, bool Scatter> void bwd_bwd(const SampleArgs& a) {
+template <class T, bool HasH, bool Scatter, bool Stream> void bwd_bwd(const SampleArgs& a) {
   using A = acc_t<T>;
   const int64_t c = a.channels, map_size = a.height * a.width * c;
   Buffer<T> zeros(c);
   memset(zeros.data(), 0, size_t(c) * sizeof(T));
   Elsewhere<A> elsewhere(a.threads, c);
   ByRow by_row(a, Tag<A>{});
-  by_bands<A, 4>(a, by_row, Scatter, [&](int64_t p, int64_t b, const Corners<A, 4>& corners, bool own) {
+  by_bands<T, 4>(a, by_row, Scatter, [&](int64_t p, int64_t b, const Corners<A, 4>& corners, bool own) {
     const T* g = static_cast<const T*>(a.d_out) + b * a.d_out_stride + (p - b * a.points) * c;
     const A* u = static_cast<const A*>(a.gg_xy) + b * a.gg_xy_stride + 2 * (p - b * a.points);
     const T *row[4], *h_row[4];
@@ -347,11 +375,15 @@ template <class T, bool HasH, bool Scatter> void bwd_bwd(const SampleArgs& a) {
     t[0] = -ux * (1 - y.share) - uy * (1 - x.share), t[1] = ux * (1 - y.share) - uy * x.share;
     t[2] = -ux * y.share + uy * (1 - x.share), t[3] = ux * y.share + uy * x.share;
     if (!own) return point_bwd<T, 4, Scatter, false>(g, row, d_row, t, dots, c);
-    point_bwd_bwd<T, HasH, Scatter>(g, row, h_row, d_row, w, t, static_cast<T*>(a.d_d_out) + p * c, dots, h_dots, c);
+    point_bwd_bwd<T, HasH, Scatter, Stream>(g, row, h_row, d_row, w, t, static_cast<T*>(a.d_d_out) + p * c, dots, h_dots, c);
     A* d_xy = static_cast<A*>(a.d_xy) + 2 * p;
     d_xy[0] = x.slope * (along_x(y, h_dots) + uy * along_both(dots));
     d_xy[1] = y.slope * (along_y(x, h_dots) + ux * along_both(dots));
   });
+}
+
+template <class T, bool HasH, bool Scatter> void bwd_bwd(const SampleArgs& a) {
+  return streams<T>(a, a.d_d_out) ? bwd_bwd<T, HasH, Scatter, true>(a) : bwd_bwd<T, HasH, Scatter, false>(a);
 }
 
 bool nothing(const SampleArgs& a) { return a.batch == 0 || a.points == 0 || a.channels == 0; }
@@ -362,10 +394,9 @@ void bilinear_sample_fwd(const SampleArgs& a) {
   if (nothing(a)) return;
   with_dtype(a.dtype, [&](auto tag) {
     using T = untag<decltype(tag)>;
-    const int64_t bytes = a.batch * a.points * a.channels * int64_t(sizeof(T));
-    const bool streams = bytes >= kStreamed && a.channels % lanes<acc_t<T>> == 0 && uintptr_t(a.out) % kVectorBytes == 0;
-    if (a.rule.mode == Sampling::bilinear) return streams ? fwd<T, 4, true>(a) : fwd<T, 4, false>(a);
-    return streams ? fwd<T, 1, true>(a) : fwd<T, 1, false>(a);
+    const bool past_caches = streams<T>(a, a.out);
+    if (a.rule.mode == Sampling::bilinear) return past_caches ? fwd<T, 4, true>(a) : fwd<T, 4, false>(a);
+    return past_caches ? fwd<T, 1, true>(a) : fwd<T, 1, false>(a);
   });
 }
 
