@@ -100,5 +100,8 @@ template <class A> FOURDPERF_HOST_DEVICE Place<A> locate(A x, int64_t n, SampleR
   return {somewhere ? whole : nowhere, share, p == p ? slope : p};
 }
 
+// Derivative by a coordinate from that by its position: a position that the border holds does not depend on it.
+template <class A> FOURDPERF_HOST_DEVICE A chain(A slope, A d_position) { return slope == 0 ? A(0) : slope * d_position; }
+
 }  // namespace
 }  // namespace fourdperf

@@ -346,8 +346,8 @@ template <class T, int K, bool Scatter, bool Dots> void bwd(const SampleArgs& a)
     point_bwd<T, K, Scatter, Dots>(g, row, d_row, w, dots, c);
     if constexpr (Dots) {
       A* d_xy = static_cast<A*>(a.d_xy) + 2 * p;
-      d_xy[0] = corners.x.slope * along_x(corners.y, dots);
-      d_xy[1] = corners.y.slope * along_y(corners.x, dots);
+      d_xy[0] = chain(corners.x.slope, along_x(corners.y, dots));
+      d_xy[1] = chain(corners.y.slope, along_y(corners.x, dots));
     }
   });
 }
@@ -377,8 +377,8 @@ template <class T, bool HasH, bool Scatter, bool Stream> void bwd_bwd(const Samp
     if (!own) return point_bwd<T, 4, Scatter, false>(g, row, d_row, t, dots, c);
     point_bwd_bwd<T, HasH, Scatter, Stream>(g, row, h_row, d_row, w, t, static_cast<T*>(a.d_d_out) + p * c, dots, h_dots, c);
     A* d_xy = static_cast<A*>(a.d_xy) + 2 * p;
-    d_xy[0] = x.slope * (along_x(y, h_dots) + uy * along_both(dots));
-    d_xy[1] = y.slope * (along_y(x, h_dots) + ux * along_both(dots));
+    d_xy[0] = chain(x.slope, along_x(y, h_dots) + uy * along_both(dots));
+    d_xy[1] = chain(y.slope, along_y(x, h_dots) + ux * along_both(dots));
   });
 }
 

@@ -19,8 +19,8 @@ Borders, for positions outside of [0, W - 1]:
     'reflect'    px is mirrored, as often as it takes, at 0 and W - 1 (align_corners; d c b | a b c d | c b a: the border
                  pixel is not repeated) or at -1/2 and W - 1/2 (else; d c b a | a b c d | d c b a), then clamped
 A map of one pixel along an axis, with align_corners, has that pixel at every coordinate. A coordinate that is NaN, or
-infinite with 'reflect', makes that point's output and its d_xy NaN, and sends nothing to d_map. No pixel outside of the map
-is ever read; a pixel inside is multiplied by its weight even where that is zero, so a NaN or infinity there shows.
+infinite with 'reflect', makes that point's output NaN, and its d_xy too but for a coordinate that the border moved, and it
+sends nothing to d_map. No pixel outside of the map is ever read; a pixel inside is multiplied by its weight even where that is zero, so a NaN or infinity there shows.
 
 Derivatives, with respect to map and xy: reverse mode of first and second order (any order for d_map alone). d_xy is the
 derivative on the right: at a whole px that between px and px + 1. It is zero where the border moved px, and at px = W - 1
@@ -160,12 +160,11 @@ def _locate(x, n, mode, coordinates, align_corners, border):
         else:
             outside = (p < 0) | (p >= n - 1)
             p = p.clamp(0, n - 1)
-        slope = torch.where(outside, 0.0, slope) if mode == "bilinear" else torch.zeros_like(slope)
-        slope = torch.where(p.isnan(), p, slope)
+        slope = torch.where(p.isnan(), p, torch.where(outside, 0.0, slope)) if mode == "bilinear" else torch.zeros_like(p)
         whole = p.round() if mode == "nearest_round" else p.floor()
         p = p if mode == "bilinear" else whole
         first = torch.where(p.isnan(), float(_NOWHERE), whole).long()
-    share = torch.where(slope == 0, p - whole, p - whole + slope * (x - x.detach()))
+    share = torch.where(slope == 0, p - whole, p - whole + slope * (x - x.detach()))  # where: infinite x - x is NaN
     return first, share
 
 
@@ -312,7 +311,7 @@ def _flat(x, dim, info):
 # ---- native and Triton
 
 
-def _by_cell(xy, height, width, mode, coordinates, align_corners, border):
+def sorted_by_cell(xy, height, width, mode, coordinates, align_corners, border):
     """Points sorted by the cell they lie in, for sums in a fixed order: (order (B N,), starts (B (H + 1) (W + 1) + 1,)).
 
     Cell (b, y, x) holds the points of batch b whose lower neighbour is pixel (y - 1, x - 1).
@@ -330,10 +329,10 @@ def _address(x):
 
 
 def _sums_by_cell(d_map, xy, map, rule):
-    """(order, starts) of `_by_cell` where d_map is wanted on a GPU with deterministic algorithms, else (None, None)."""
+    """(order, starts) of `sorted_by_cell` where d_map is wanted on a GPU with deterministic algorithms, else (None, None)."""
     if d_map is None or not torch.are_deterministic_algorithms_enabled():
         return None, None
-    return _by_cell(xy, map.shape[1], map.shape[2], *rule)
+    return sorted_by_cell(xy, map.shape[1], map.shape[2], *rule)
 
 
 def _address(x):
