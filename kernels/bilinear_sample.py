@@ -118,7 +118,8 @@ def bilinear_sample_bwd_kernel(p_d_out, p_map, p_xy, p_d_map, p_d_xy, d_out_stri
     y, fy, sy = locate(tl.load(p_point + 1, mask=m_p, other=0.0), height, MODE, SIGNED, ALIGN, BORDER)
     p_batch = p_map + (b * map_stride)[:, None]
     p_g = p_d_out + (b * d_out_stride + n * channels)[:, None]
-    p_d_batch = p_d_map + (b * height * width * channels)[:, None]
+    if SCATTER:
+        p_d_batch = p_d_map + (b * height * width * channels)[:, None]
     b_dx = tl.zeros([POINTS], dtype=ACC)
     b_dy = tl.zeros([POINTS], dtype=ACC)
     for first in range(0, channels, CHANNELS):
@@ -159,9 +160,11 @@ def bilinear_sample_bwd_bwd_kernel(p_gg_map, p_gg_xy, p_d_out, p_map, p_xy, p_d_
     t0, t1 = -ux * (1 - fy) - uy * (1 - fx), ux * (1 - fy) - uy * fx
     t2, t3 = -ux * fy + uy * (1 - fx), ux * fy + uy * fx
     p_batch = p_map + (b * map_stride)[:, None]
-    p_h = p_gg_map + (b * gg_map_stride)[:, None]
+    if HAS_H:
+        p_h = p_gg_map + (b * gg_map_stride)[:, None]
     p_g = p_d_out + (b * d_out_stride + n * channels)[:, None]
-    p_d_batch = p_d_map + (b * height * width * channels)[:, None]
+    if SCATTER:
+        p_d_batch = p_d_map + (b * height * width * channels)[:, None]
     b_dx = tl.zeros([POINTS], dtype=ACC)
     b_dy = tl.zeros([POINTS], dtype=ACC)
     for first in range(0, channels, CHANNELS):
@@ -230,7 +233,8 @@ def _rule(mode, coordinates, align_corners, border):
 def _tile(map, total, area):
     """Points and channels of a program, `area` together; fewer points where there are few. Positions must not be fused."""
     channels = min(triton.next_power_of_2(map.shape[3]), 64 if area <= 1024 else 128)
-    points = max(1, min(area // channels, 64, triton.next_power_of_2(triton.cdiv(total, 512))))
+    few = 64 if map.device.type == "cpu" else triton.next_power_of_2(triton.cdiv(total, 512))  # the interpreter: one by one
+    points = max(1, min(area // channels, 64, few))
     return dict(POINTS=points, CHANNELS=channels, ACC=tl.float64 if map.dtype == torch.float64 else tl.float32,
                 num_warps=4, enable_fp_fusion=False)
 

@@ -103,11 +103,11 @@ def bilinear_sample(map: torch.Tensor, xy: torch.Tensor, *, mode: str = "bilinea
     require(map.shape[-3] * map.shape[-2] > 0 or math.prod(lead) * xy.shape[-2] == 0,
             f"map must have pixels where xy has points, got shapes {tuple(map.shape)} and {tuple(xy.shape)}")
 
-    n_map = math.prod(lead[axis] for axis in maps)
-    n_xy = math.prod(lead[axis] for axis in points)
+    n_map = math.prod([lead[axis] for axis in maps])
+    n_xy = math.prod([lead[axis] for axis in points])
     flat_map = map.reshape(n_map, *map.shape[-3:])
     if map.shape[:-3] == xy.shape[:-2]:
-        flat_xy = xy.reshape(n_map, -1, 2) if xy.ndim != 3 else xy
+        flat_xy = xy.reshape(n_map, *xy.shape[-2:])
     else:  # the axes that the map lacks go to the points, those that xy lacks are repeated there
         rank = len(lead)
         flat_xy = xy[(None,) * (rank - (xy.ndim - 2))].permute(*maps, *points, rank, rank + 1)

@@ -65,7 +65,8 @@ def test_agrees_with_eager(shapes, dtype, target):
 
 @rules
 def test_rules_agree_with_eager(rule, target):
-    inputs = {"map": sample((2, 5, 6, 4)), "xy": points((2, 40, 2), rule["coordinates"], beyond=1.3)}
+    n = 40 if target.device == "cuda" or target.backend == "native" else 8  # the interpreter is slow
+    inputs = {"map": sample((2, 5, 6, 4)), "xy": points((2, n, 2), rule["coordinates"], beyond=1.3)}
     check_op(lambda map, xy, backend: bilinear_sample(map, xy, **rule, backend=backend), inputs, target, torch.float32)
 
 
@@ -103,8 +104,10 @@ def test_second_order_of_the_rules(rule, target):
         assert torch.allclose(a, b, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("backend", ["eager", "native", "triton"])
-@some_rules
+GRADCHECKS = [*itertools.product(("eager", "native"), SOME_RULES), ("triton", RULES[0]), ("triton", RULES[7])]
+
+
+@pytest.mark.parametrize("backend, rule", GRADCHECKS, ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v.values())))
 def test_gradcheck(backend, rule):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     map = sample((1, 3, 4, 2)).to(device).requires_grad_()
@@ -316,7 +319,7 @@ def test_deterministic_algorithms(backend):
     """d_map summed cell by cell agrees with the sum by atomics (a GPU; Triton also in its interpreter)."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for rule in SOME_RULES:
-        map, xy = sample((2, 4, 5, 3)).to(device), points((2, 40, 2), rule["coordinates"], beyond=1.3).to(device)
+        map, xy = sample((2, 3, 4, 3)).to(device), points((2, 12, 2), rule["coordinates"], beyond=1.3).to(device)
         xy[0, 0] = NAN
         leaves = map.requires_grad_(), xy.requires_grad_()
         function = lambda *args: bilinear_sample(*args, **rule, backend=backend)
