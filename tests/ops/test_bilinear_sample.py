@@ -104,14 +104,15 @@ def test_second_order_of_the_rules(rule, target):
         assert torch.allclose(a, b, rtol=0, atol=1e-12)
 
 
-GRADCHECKS = [*itertools.product(("eager", "native"), SOME_RULES), ("triton", RULES[0]), ("triton", RULES[7])]
+GRADCHECKS = [*itertools.product(("eager", "native"), SOME_RULES), ("triton", RULES[7])]
 
 
 @pytest.mark.parametrize("backend, rule", GRADCHECKS, ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v.values())))
 def test_gradcheck(backend, rule):
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    map = sample((1, 3, 4, 2)).to(device).requires_grad_()
-    xy = points((1, 3, 2), rule["coordinates"], seed=3).to(device).requires_grad_()
+    small = backend == "triton" and device == "cpu"  # the interpreter is slow
+    map = sample((1, 2, 2, 1) if small else (1, 3, 4, 2)).to(device).requires_grad_()
+    xy = points((1, 2 if small else 3, 2), rule["coordinates"], seed=3).to(device).requires_grad_()
     function = lambda map, xy: bilinear_sample(map, xy, **rule, backend=backend)
     assert torch.autograd.gradcheck(function, (map, xy))
     assert torch.autograd.gradgradcheck(function, (map, xy))
@@ -297,6 +298,63 @@ def _inner_eager(map, xy):
     return loss(map - 0.1 * d_map, xy - 0.01 * d_xy)
 
 
+@pytest.mark.parametrize("backend", ["jnp", "ffi"])
+@some_rules
+def test_jax(rule, backend):
+    """Value, first and second derivatives of both JAX backends against torch."""
+    jax, jnp = pytest.importorskip("jax"), pytest.importorskip("jax.numpy")
+    from fourdperf.jax.ops import bilinear_sample as jax_sample
+
+    map, xy = sample((2, 5, 6, 3), torch.float32), points((2, 20, 2), rule["coordinates"], torch.float32, beyond=1.3)
+    d_out, h, u = (sample(shape, torch.float32, seed) for shape, seed in (((2, 20, 3), 5), (map.shape, 6), (xy.shape, 7)))
+    want = (bilinear_sample(map, xy, **rule), *second_order(lambda *args: bilinear_sample(*args, **rule), map, xy))
+    function = lambda map, xy: jax_sample(map, xy, **rule, backend=backend)
+
+    def second(d_out, map, xy):
+        d_map, d_xy = jax.vjp(function, map, xy)[1](d_out)
+        return (d_map * h.numpy()).sum() + (d_xy * u.numpy()).sum()
+
+    arrays = [jnp.asarray(x.numpy()) for x in (d_out, map, xy)]
+    got = (jax.jit(function)(*arrays[1:]), *jax.jit(jax.grad(second, (0, 1, 2)))(*arrays))
+    for name, a, b in zip(("out", "d_d_out", "d_map", "d_xy"), got, want):
+        assert np.abs(np.asarray(a) - b.detach().numpy()).max() <= 1e-5 * max(1, b.abs().max().item()), name
+
+
+def test_jax_batches_and_dtypes():
+    """Leading axes, nested vmap with shared tensors, 16-bit maps; special coordinates; errors."""
+    jax, jnp = pytest.importorskip("jax"), pytest.importorskip("jax.numpy")
+    from fourdperf.jax.ops import bilinear_sample as jax_sample
+
+    map, xy = sample((3, 2, 4, 5, 6), torch.float32), points((2, 7, 2), dtype=torch.float32)
+    xy[0, :4, 0] = torch.tensor([NAN, INF, -INF, 1.0])
+    for m, p in ((map, xy), (map[0, 0], xy), (map, xy[0]), (map[:, :1], xy)):
+        want = bilinear_sample(m, p).numpy()
+        for backend in ("jnp", "ffi"):
+            got = jax_sample(jnp.asarray(m.numpy()), jnp.asarray(p.numpy()), backend=backend)
+            assert np.allclose(got, want, atol=1e-5, equal_nan=True)
+    xy = points((2, 7, 2), dtype=torch.float32)
+    m, p = jnp.asarray(map.numpy()), jnp.asarray(xy.numpy())
+    for in_dims in ((0, None), (None, 0), (0, 0)):
+        both = []
+        for backend in ("jnp", "ffi"):
+            loss = lambda m, p: (jax_sample(m, p, backend=backend) ** 2).sum()
+            second = jax.grad(lambda m, p: sum((g ** 2).sum() for g in jax.grad(loss, (0, 1))(m, p)), (0, 1))
+            inner = jax.vmap(second, in_axes=(0, None))  # over the maps of m[:, i], one set
+            arguments = m.swapaxes(0, 1) if in_dims[0] == 0 else m[:, 0], p if in_dims[1] == 0 else p[0]
+            both.append(jax.vmap(inner, in_axes=in_dims)(*arguments))
+        for a, b in zip(*both):
+            assert a.shape == b.shape and np.allclose(a, b, rtol=1e-4, atol=1e-2)
+    for dtype in ("bfloat16", "float16"):
+        half = map[0].to(getattr(torch, dtype))
+        got = jax_sample(m[0].astype(dtype), p, backend="ffi")
+        assert got.dtype == dtype and np.array_equal(np.asarray(got.astype("float32")), bilinear_sample(half, xy).float().numpy())
+    assert jax_sample(m[0], p[:, :0]).shape == (2, 0, 6)
+    with pytest.raises(ValueError, match="xy must have the dtype of map"):
+        jax_sample(m[0], p.astype("bfloat16"))
+    with pytest.raises(ValueError, match="must broadcast"):
+        jax_sample(m[0], jnp.zeros((3, 7, 2)))
+
+
 def test_threads_change_nothing():
     """Crowded points, few rows, more threads than rows; large maps that are sorted into stretches of columns."""
     before, results = torch.get_num_threads(), []
@@ -318,7 +376,7 @@ def test_threads_change_nothing():
 def test_deterministic_algorithms(backend):
     """d_map summed cell by cell agrees with the sum by atomics (a GPU; Triton also in its interpreter)."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    for rule in SOME_RULES:
+    for rule in SOME_RULES[::2]:
         map, xy = sample((2, 3, 4, 3)).to(device), points((2, 12, 2), rule["coordinates"], beyond=1.3).to(device)
         xy[0, 0] = NAN
         leaves = map.requires_grad_(), xy.requires_grad_()
