@@ -306,7 +306,7 @@ def test_jax(rule, backend):
     from fourdperf.jax.ops import bilinear_sample as jax_sample
 
     map, xy = sample((2, 5, 6, 3), torch.float32), points((2, 20, 2), rule["coordinates"], torch.float32, beyond=1.3)
-    d_out, h, u = (sample(shape, torch.float32, seed) for shape, seed in (((2, 20, 3), 5), (map.shape, 6), (xy.shape, 7)))
+    d_out, h, u = (sample(shape, seed=seed).float() for shape, seed in (((2, 20, 3), 5), (map.shape, 6), (xy.shape, 7)))
     want = (bilinear_sample(map, xy, **rule), *second_order(lambda *args: bilinear_sample(*args, **rule), map, xy))
     function = lambda map, xy: jax_sample(map, xy, **rule, backend=backend)
 
