@@ -16,6 +16,7 @@ import triton.language as tl
 
 MODES = ("bilinear", "nearest_floor", "nearest_round")
 BORDERS = ("clamp", "zeros", "reflect")
+FWD_AREA, BWD_AREA = 512, 256  # points x channels of a program: no more than its registers hold
 _SIZES = ["height", "width", "points"]  # may be 1, which Triton would otherwise turn into a constant
 
 
@@ -232,7 +233,8 @@ def _rule(mode, coordinates, align_corners, border):
 
 def _tile(map, total, area):
     """Points and channels of a program, `area` together; fewer points where there are few. Positions must not be fused."""
-    channels = min(triton.next_power_of_2(map.shape[3]), 64 if area <= 1024 else 128)
+    area = area // 2 if map.dtype == torch.float64 else area
+    channels = min(triton.next_power_of_2(map.shape[3]), 64)
     few = 64 if map.device.type == "cpu" else triton.next_power_of_2(triton.cdiv(total, 512))  # the interpreter: one by one
     points = max(1, min(area // channels, 64, few))
     return dict(POINTS=points, CHANNELS=channels, ACC=tl.float64 if map.dtype == torch.float64 else tl.float32,
@@ -242,7 +244,7 @@ def _tile(map, total, area):
 def fwd(map, xy, out, rule):
     b, h, w, c = map.shape
     total = b * xy.shape[1]
-    tile = _tile(map, total, 2048)
+    tile = _tile(map, total, FWD_AREA)
     bilinear_sample_fwd_kernel[(triton.cdiv(total, tile["POINTS"]),)](
         map, xy, out, map.stride(0), xy.stride(0), h, w, c, xy.shape[1], total, **_rule(*rule), **tile)
 
@@ -255,7 +257,7 @@ def bwd(d_out, map, xy, d_map, d_xy, rule):
         _sum_by_cell(None, d_out, map, xy, d_map, rule)
     scatter, dots = d_map is not None and not by_cell, d_xy is not None and bilinear
     if scatter or dots:
-        tile = _tile(map, total, 1024)
+        tile = _tile(map, total, BWD_AREA)
         bilinear_sample_bwd_kernel[(triton.cdiv(total, tile["POINTS"]),)](
             d_out, map, xy, d_map, d_xy, d_out.stride(0), map.stride(0), xy.stride(0), h, w, c, xy.shape[1], total,
             **_rule(*rule), SCATTER=scatter, DOTS=dots, **tile)
@@ -267,7 +269,7 @@ def bwd_bwd(gg_map, gg_xy, d_out, map, xy, d_d_out, d_map, d_xy, rule):
     by_cell = d_map is not None and torch.are_deterministic_algorithms_enabled()
     if by_cell:
         _sum_by_cell(gg_xy, d_out, map, xy, d_map, rule)
-    tile, codes = _tile(map, total, 512), _rule(*rule)
+    tile, codes = _tile(map, total, BWD_AREA), _rule(*rule)
     codes.pop("MODE")
     bilinear_sample_bwd_bwd_kernel[(triton.cdiv(total, tile["POINTS"]),)](
         gg_map, gg_xy, d_out, map, xy, d_d_out, d_map, d_xy, 0 if gg_map is None else gg_map.stride(0), gg_xy.stride(0),
@@ -286,3 +288,23 @@ def _sum_by_cell(gg_xy, d_out, map, xy, d_map, rule):
         h, w, c, xy.shape[1], **_rule(*rule), HAS_U=gg_xy is not None, CHANNELS=channels,
         ACC=tl.float64 if map.dtype == torch.float64 else tl.float32, num_warps=1 if channels <= 64 else 4,
         enable_fp_fusion=False)
+
+
+def aot():
+    """(kernel, signature, constexprs, options) of what runs on a GPU, for compilation ahead of time."""
+    for dtype, acc in (("fp32", tl.float32), ("bf16", tl.float32), ("fp16", tl.float32), ("fp64", tl.float64)):
+        summed = "*fp64" if dtype == "fp64" else "*fp32"
+        types = {name: f"*{dtype}" for name in ("p_map", "p_gg_map", "p_out", "p_d_out", "p_d_d_out")}
+        types |= {name: summed for name in ("p_xy", "p_gg_xy", "p_d_xy", "p_d_map")} | {"p_order": "*i64", "p_starts": "*i64"}
+        rule = {"MODE": 0, "SIGNED": True, "ALIGN": False, "BORDER": 2, "ACC": acc}
+        for kernel, area, more in (
+            (bilinear_sample_fwd_kernel, FWD_AREA, {}),
+            (bilinear_sample_bwd_kernel, BWD_AREA, {"SCATTER": True, "DOTS": True}),
+            (bilinear_sample_bwd_bwd_kernel, BWD_AREA, {"SCATTER": True, "HAS_H": True}),
+            (bilinear_sample_by_cell_kernel, 64, {"HAS_U": True}),
+        ):
+            points = (area // 2 if dtype == "fp64" else area) // 64
+            constants = {name: value for name, value in (rule | more | {"CHANNELS": 64, "POINTS": points}).items()
+                         if name in kernel.arg_names}
+            signature = {name: "constexpr" if name in constants else types.get(name, "i64") for name in kernel.arg_names}
+            yield kernel, signature, constants, {"num_warps": 1 if area == 64 else 4, "enable_fp_fusion": False}

@@ -215,7 +215,7 @@ template <class T, int K, bool Stream> void fwd(const SampleArgs& a) {
         for_vectors<A>(c, [&](int64_t i, auto n) {
           vec<A> sum = broadcast<A>(w[0]) * load<A>(row[0] + i, n);
           for (int k = 1; k < K; ++k) sum += broadcast<A>(w[k]) * load<A>(row[k] + i, n);
-          if constexpr (Stream) stream(out + i, sum); else store(out + i, sum, n);
+          if constexpr (Stream) store_streaming(out + i, sum); else store(out + i, sum, n);
         });
       }
     }
@@ -269,7 +269,7 @@ inline void point_bwd_bwd(const T* g, const T* const* row, const T* const* h_row
       }
     }
     if constexpr (Scatter) add_rows<4>(d_row, t, g_i, i, n);
-    if constexpr (Stream) stream(d_g + i, sum); else store(d_g + i, sum, n);
+    if constexpr (Stream) store_streaming(d_g + i, sum); else store(d_g + i, sum, n);
   });
   for (int k = 0; k < 4; ++k) dots[k] = reduce_add(dot[k]);
   for (int k = 0; k < 4 && HasH; ++k) h_dots[k] = reduce_add(h_dot[k]);

@@ -237,6 +237,7 @@ template <int V, class Kernel> void launch(Kernel kernel, const SampleArgs& a, c
   check_launch(name);
 }
 
+// (V of 8 would spill on sm_80)
 template <class T, int V, bool Tangent> void launch_by_cell(const SampleArgs& a) {
   const dim3 block = group<V>(a);
   const int64_t rows = a.batch * a.height;
@@ -259,7 +260,7 @@ template <class T, int V> void fwd(const SampleArgs& a) {
 
 template <class T, int V> void bwd(const SampleArgs& a) {
   const bool bilinear = a.rule.mode == Sampling::bilinear, scatter = a.d_map && !a.order, dots = a.d_xy && bilinear;
-  if (a.d_map && a.order) launch_by_cell<T, V, false>(a);
+  if (a.d_map && a.order) launch_by_cell<T, V < 4 ? V : 4, false>(a);
   if (scatter && !bilinear) return launch<V>(bwd_kernel<T, V, 1, true, false>, a, "bwd_kernel");
   if (scatter && dots) return launch<V>(bwd_kernel<T, V, 4, true, true>, a, "bwd_kernel");
   if (scatter) return launch<V>(bwd_kernel<T, V, 4, true, false>, a, "bwd_kernel");
@@ -268,7 +269,7 @@ template <class T, int V> void bwd(const SampleArgs& a) {
 
 template <class T, int V> void bwd_bwd(const SampleArgs& a) {
   const bool scatter = a.d_map && !a.order;
-  if (a.d_map && a.order) launch_by_cell<T, V, true>(a);
+  if (a.d_map && a.order) launch_by_cell<T, V < 4 ? V : 4, true>(a);
   if (a.gg_map && scatter) return launch<V>(bwd_bwd_kernel<T, V, true, true>, a, "bwd_bwd_kernel");
   if (a.gg_map) return launch<V>(bwd_bwd_kernel<T, V, true, false>, a, "bwd_bwd_kernel");
   if (scatter) return launch<V>(bwd_bwd_kernel<T, V, false, true>, a, "bwd_bwd_kernel");

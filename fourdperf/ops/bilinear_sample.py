@@ -54,9 +54,9 @@ import torch
 from fourdperf.ops.backends import (
     DTYPE_CODES,
     Backend,
-    always,
     choose,
     define,
+    eager_why_not,
     native_why_not,
     triton_why_not,
     where,
@@ -393,16 +393,8 @@ class _Triton:
         bwd_bwd(*args)
 
 
-def _why_not_native(map, xy, *rule):
-    return native_why_not(map)
-
-
-def _why_not_triton(map, xy, *rule):
-    return triton_why_not(map)
-
-
 BACKENDS = (
-    Backend("native", _define("bilinear_sample", _Native), _why_not_native),
-    Backend("triton", _define("bilinear_sample_triton", _Triton), _why_not_triton),
-    Backend("eager", bilinear_sample_eager, always),
+    Backend("native", _define("bilinear_sample", _Native), native_why_not),
+    Backend("triton", _define("bilinear_sample_triton", _Triton), triton_why_not),
+    Backend("eager", bilinear_sample_eager, eager_why_not),
 )
