@@ -5,8 +5,6 @@ Peers: F.grid_sample on a map kept channels last or channels first, whichever is
 points-major results ask for; torch.compile of the eager code; the jnp version under jit.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 
@@ -31,15 +29,14 @@ def cases(device: str):
 
 def _case(name, shape, n, dtype, direction, device):
     map = torch.randn(shape, device=device).to(dtype)
-    xy = torch.rand(shape[0], n, 2, device=device).to(dtype if dtype == torch.float32 else torch.float32)
-    grid_dtype = dtype  # F.grid_sample wants one dtype
+    xy = torch.rand(shape[0], n, 2, device=device)
     channels_first = map.permute(0, 3, 1, 2).contiguous()
     d_out, h, u = torch.randn(shape[0], n, shape[3], device=device), torch.randn_like(map), torch.randn_like(xy)
 
     def grid_sample(map, xy):
-        grid = (xy * 2 - 1)[:, None].to(grid_dtype)
-        out = F.grid_sample(map.permute(0, 3, 1, 2), grid, padding_mode="border", align_corners=True)
-        return out[:, :, 0].transpose(1, 2).contiguous()
+        # (it wants map and grid in one dtype, and a grid in 16 bits misses the pixels)
+        out = F.grid_sample(map.permute(0, 3, 1, 2).float(), (xy * 2 - 1)[:, None], padding_mode="border", align_corners=True)
+        return out[:, :, 0].transpose(1, 2).to(map.dtype).contiguous()
 
     compiled = torch.compile(bilinear_sample_eager)
     functions = {"fourdperf": (bilinear_sample, map), "F.grid_sample, map channels last": (grid_sample, map),
@@ -55,7 +52,7 @@ def _case(name, shape, n, dtype, direction, device):
     moved = {"forward": features + map.nbytes, "forward+backward": 2 * features + 3 * map.nbytes,
              "second order": 4 * features + 7 * map.nbytes}[direction]
     return Case("bilinear_sample", name, str(dtype).removeprefix("torch."), providers, bytes=moved + 2 * xy.nbytes,
-                tolerance=2e-4 if dtype == torch.float32 else math.inf if grid_dtype != torch.float32 else 3e-2, direction=direction)
+                tolerance=2e-4 if dtype == torch.float32 else 2e-2, direction=direction)
 
 
 def _provider(function, map, xy, d_out, h, u, direction):
