@@ -5,7 +5,8 @@ Axes in the docstrings: B batch, T frames, H, W height and width, N tokens or po
 
 from fourdperf.ops.backends import use_backend
 from fourdperf.ops.resize import resize, resize_eager
+from fourdperf.ops.window_attention import window_attention, window_attention_eager
 
-OPS = ("resize",)
+OPS = ("resize", "window_attention")
 
-__all__ = ["OPS", "resize", "resize_eager", "use_backend"]
+__all__ = ["OPS", "resize", "resize_eager", "use_backend", "window_attention", "window_attention_eager"]
