@@ -5,7 +5,8 @@
 //           the band's keys, which stay in scratch. Where a class has several bands, all even ones run first and store
 //           their keys, then the odd ones run and add: bands two apart share no key, so that nothing is written twice at
 //           once and the order of every sum is fixed by the shapes. Extra tokens get one partial sum a task, added up last.
-// numerics  as forward; sums in float (double for double), one rounding at the end
+// numerics  p = 2^(score - lse) is divided by its own sum, and d_out.out is taken as sum_j p d_p: the rounding of lse and
+//           out does no harm (out is not read); sums in float (double for double), one rounding at the end
 // limits    memory is O(tokens): for 16-bit types in several bands, float copies of d_k and d_v
 #include <omp.h>
 
@@ -99,7 +100,7 @@ template <class A, class T> struct Backward {
 
   void differentiate(const ClassGrid& grid, int64_t begin, int64_t end, A* partial, Scratch& s) {
     const Tokens<const T> q(a.q, a.q_strides, a, grid), k(a.k, a.k_strides, a, grid), v(a.v, a.v_strides, a, grid),
-        d_out(a.d_out, a.d_out_strides, a, grid), out(a.out, dense_strides(a), a, grid);
+        d_out(a.d_out, a.d_out_strides, a, grid);
     const Tokens<T> d_q(a.d_q, dense_strides(a), a, grid);
     const int64_t key_row = grid.rows.first(begin), key_rows = grid.rows.end(end - 1) - key_row;
     if (a.extra) {
@@ -127,7 +128,7 @@ template <class A, class T> struct Backward {
         score_tile(plan, grid.columns, tile, strip, key_row, a.dim, s.keys.data(), s.extra_keys.data(), s.q.data(), s.scores.data());
         score_tile(plan, grid.columns, tile, strip, key_row, a.dim, s.values.data(), s.extra_values.data(), s.d_out.data(),
                    s.d_scores.data());
-        for (int64_t x = tile.begin; x < tile.end; ++x) finish(grid, tile, strip, x, key_row, out, d_q, partial, s);
+        for (int64_t x = tile.begin; x < tile.end; ++x) finish(grid, tile, strip, x, key_row, d_q, partial, s);
         y += strip.count;
       }
     }
@@ -136,24 +137,38 @@ template <class A, class T> struct Backward {
   }
 
   // One query column of a strip: p and ds from the scores, then the three sums over them.
-  void finish(const ClassGrid& grid, const Tile& tile, const Strip& strip, int64_t x, int64_t key_row, const Tokens<const T>& out,
-              const Tokens<T>& d_q, A* partial, Scratch& s) {
+  void finish(const ClassGrid& grid, const Tile& tile, const Strip& strip, int64_t x, int64_t key_row, const Tokens<T>& d_q,
+              A* partial, Scratch& s) {
     const Span span = span_of(plan, grid.columns, tile, x);
     const int64_t column = x - tile.begin;
     A *scores = &s.scores[column * kStrip * plan.scores], *d_scores = &s.d_scores[column * kStrip * plan.scores];
-    const A *q = &s.q[column * kStrip * plan.dim], *d_out = &s.d_out[column * kStrip * plan.dim];
+    A *q = &s.q[column * kStrip * plan.dim], *d_out = &s.d_out[column * kStrip * plan.dim];
+    A total[kStrip];
     for (int r = 0; r < strip.count; ++r) {
       const int64_t row = (strip.begin + r) * a.dilation_y + grid.y, col = x * a.dilation_x + grid.x;
+      const int64_t rows = strip.end[r] - strip.first[r], behind = d_scores - scores;
       const A lse = static_cast<const A*>(a.lse)[((grid.frame * a.heads + grid.head) * a.height + row) * a.width + col];
       const vec<A> shift = broadcast<A>(lse * A(1.4426950408889634));
-      const vec<A> delta = broadcast<A>(dot(out.at(strip.begin + r, x), d_out + r * plan.dim));
-      const int64_t behind = d_scores - scores;
-      each_score(plan, s.masks, column, scores + r * plan.scores, strip.end[r] - strip.first[r],
-                 [&](A* score, mask<A> inside) __attribute__((always_inline)) {
+      vec<A> sum = {}, product = {};
+      each_score(plan, s.masks, column, scores + r * plan.scores, rows, [&](A* score, mask<A> inside) __attribute__((always_inline)) {
         const vec<A> p = inside ? exp2(load<A>(score) - shift) : vec<A>{};
         store(score, p);
-        store(score + behind, p * (load<A>(score + behind) - delta));
+        sum += p;
+        product += inside ? p * load<A>(score + behind) : vec<A>{};
       });
+      total[r] = reduce_add(sum);
+      if (a.border == Border::zero) {
+        total[r] += A(double(a.window_y) * double(a.window_x) - double(rows * span.count)) * exp2(-shift)[0];
+      }
+      const vec<A> delta = broadcast<A>(reduce_add(product) / total[r]);
+      each_score(plan, s.masks, column, scores + r * plan.scores, rows, [&](A* score, mask<A> inside) __attribute__((always_inline)) {
+        store(score + behind, inside ? load<A>(score) * (load<A>(score + behind) - delta) : vec<A>{});
+      });
+      const vec<A> inverse = broadcast<A>(A(1) / total[r]);
+      for (int64_t d = r * plan.dim; d < (r + 1) * plan.dim; d += lanes<A>) {
+        store(q + d, load<A>(q + d) * inverse);
+        store(d_out + d, load<A>(d_out + d) * inverse);
+      }
     }
     each_block(plan, [&](auto vectors, int64_t d) {
       constexpr int N = decltype(vectors)::value;
@@ -163,21 +178,13 @@ template <class A, class T> struct Backward {
       scatter_vectors<N>(plan, strip, span, key_row, a.extra, width, q + d, d_scores, partial + d, d_k);
       scatter_vectors<N>(plan, strip, span, key_row, a.extra, width, d_out + d, scores, partial + a.extra * plan.dim + d, d_v);
     });
-    const vec<A> f = broadcast<A>(A(a.scale));
     for (int r = 0; r < strip.count; ++r) {
+      const vec<A> f = broadcast<A>(A(a.scale) / total[r]);
       T* to = d_q.at(strip.begin + r, x);
       int64_t d = 0;
       for (; d + lanes<A> <= a.dim; d += lanes<A>) store(to + d, load<A>(&s.sums[r * plan.dim + d]) * f);
       if (d < a.dim) store(to + d, load<A>(&s.sums[r * plan.dim + d]) * f, int(a.dim - d));
     }
-  }
-
-  A dot(const T* x, const A* y) const {
-    vec<A> sum = {};
-    int64_t d = 0;
-    for (; d + lanes<A> <= a.dim; d += lanes<A>) sum += load<A>(x + d) * load<A>(y + d);
-    if (d < a.dim) sum += load<A>(x + d, int(a.dim - d)) * load<A>(y + d);
-    return reduce_add(sum);
   }
 
   // A band's key gradients to where they belong: rows that a band of the first round has stored are added to.

@@ -16,15 +16,30 @@ namespace {
 
 template <class A> struct Softmax { A largest, sum; };  // in powers of two: sum = sum_j 2^(score[j] - largest)
 
+// log of positive finite numbers; NaN and infinity give NaN
+inline vec<float> log_of(vec<float> x) {
+  constexpr float c[] = {-1.1514610310e-1f, 1.1676998740e-1f, -1.2420140846e-1f, 1.4249322787e-1f,
+                         -1.6668057665e-1f, 2.0000714765e-1f, -2.4999993993e-1f, 3.3333331174e-1f};
+  // x = 2^n (1 + f) with 1 + f in [1/sqrt 2, sqrt 2)
+  const mask<float> bits = (mask<float>)x, n = (bits - 0x3f3504f3) >> 23;
+  const vec<float> f = (vec<float>)(bits - (n << 23)) - broadcast<float>(1.f), square = f * f;
+  vec<float> p = broadcast<float>(7.0376836292e-2f);
+  for (const float k : c) p = p * f + broadcast<float>(k);
+  return __builtin_convertvector(n, vec<float>) * broadcast<float>(0.69314718f) +
+         (f + square * (f * p - broadcast<float>(0.5f))) + (x - x);
+}
+inline vec<double> log_of(vec<double> x) {
+  for (int i = 0; i < lanes<double>; ++i) x[i] = __builtin_log(x[i]);
+  return x;
+}
+
 // Scores become 2^(score - largest), zero outside the window. `zeros` keys of score 0 take part besides.
 template <class A>
 inline Softmax<A> softmax(const Plan<A>& plan, LaneMasks<A>& masks, int64_t column, A* scores, int64_t rows, double zeros) {
   const vec<A> lowest = broadcast<A>(A(-INFINITY));
   vec<A> peak = zeros > 0 ? vec<A>{} : lowest;
   each_score(plan, masks, column, scores, rows, [&](A* s, mask<A> inside) __attribute__((always_inline)) {
-    const vec<A> score = inside ? load<A>(s) : lowest;
-    store(s, score);
-    peak = max(score, peak);
+    peak = max(inside ? load<A>(s) : lowest, peak);
   });
   const A largest = reduce_max(peak);
   const vec<A> shift = broadcast<A>(largest);
@@ -65,13 +80,20 @@ template <class A, class T> struct Forward {
       }
     } free{scratch, threads};
     for (int t = 0; t < threads; ++t) scratch[t] = new Scratch(plan, a.extra);  // here: nothing may throw in there
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    const int64_t chunk = larger(1, smaller(a.heads, tasks / (8 * threads)));  // neighbouring heads share pages
+#pragma omp parallel for num_threads(threads) schedule(dynamic, chunk)
     for (int64_t task = 0; task < tasks; ++task) {
-      const int64_t band = task % plan.bands, cls = task / plan.bands % classes, head = task / plan.bands / classes % a.heads;
-      const ClassGrid grid(a, task / plan.bands / classes / a.heads, head, cls / plan.classes_x, cls % plan.classes_x);
-      const int64_t begin = band * plan.band;
-      if (begin < grid.rows.size) attend(grid, begin, smaller(begin + plan.band, grid.rows.size), *scratch[omp_get_thread_num()]);
+      const int64_t begin = task % plan.bands * plan.band;
+      const ClassGrid grid = grid_of(task);
+      if (begin < grid.rows.size) {
+        attend(grid, begin, smaller(begin + plan.band, grid.rows.size), *scratch[omp_get_thread_num()]);
+      }
     }
+  }
+
+  ClassGrid grid_of(int64_t task) const {
+    const int64_t classes = plan.classes_y * plan.classes_x, cls = task / plan.bands % classes, group = task / plan.bands / classes;
+    return ClassGrid(a, group / a.heads, group % a.heads, cls / plan.classes_x, cls % plan.classes_x);
   }
 
   void attend(const ClassGrid& grid, int64_t begin, int64_t end, Scratch& s) {
@@ -108,30 +130,30 @@ template <class A, class T> struct Forward {
   void finish(const ClassGrid& grid, const Tile& tile, const Strip& strip, int64_t x, int64_t key_row, const Tokens<T>& out, Scratch& s) {
     const Span span = span_of(plan, grid.columns, tile, x);
     A* scores = &s.scores[(x - tile.begin) * kStrip * plan.scores];
-    A factor[kStrip];
+    alignas(64) A largest[16] = {}, sum[16] = {};
     for (int r = 0; r < strip.count; ++r) {
       const int64_t rows = strip.end[r] - strip.first[r];
       const double zeros = a.border == Border::zero ? double(a.window_y) * double(a.window_x) - double(rows * span.count) : 0.;
       const Softmax<A> soft = softmax(plan, s.masks, x - tile.begin, scores + r * plan.scores, rows, zeros);
-      factor[r] = A(1) / soft.sum;
-      const int64_t row = (strip.begin + r) * a.dilation_y + grid.y, column = x * a.dilation_x + grid.x;
-      static_cast<A*>(a.lse)[((grid.frame * a.heads + grid.head) * a.height + row) * a.width + column] =
-          soft.largest * A(0.6931471805599453) + log_of(soft.sum);
+      largest[r] = soft.largest;
+      sum[r] = soft.sum;
     }
     each_block(plan, [&](auto vectors, int64_t d) {
       weighted_vectors<decltype(vectors)::value>(plan, strip, span, key_row, a.extra, &s.extra_values[d], &s.values[d], scores, &s.sums[d]);
     });
+    for (int i = 0; i < kStrip; i += lanes<A>) {
+      store(largest + i, load<A>(largest + i) * broadcast<A>(A(0.6931471805599453)) + log_of(load<A>(sum + i)));
+    }
     for (int r = 0; r < strip.count; ++r) {
+      const int64_t row = (strip.begin + r) * a.dilation_y + grid.y, column = x * a.dilation_x + grid.x;
+      static_cast<A*>(a.lse)[((grid.frame * a.heads + grid.head) * a.height + row) * a.width + column] = largest[r];
       T* to = out.at(strip.begin + r, x);
-      const vec<A> f = broadcast<A>(factor[r]);
+      const vec<A> f = broadcast<A>(A(1) / sum[r]);
       int64_t d = 0;
       for (; d + lanes<A> <= a.dim; d += lanes<A>) store(to + d, load<A>(&s.sums[r * plan.dim + d]) * f);
       if (d < a.dim) store(to + d, load<A>(&s.sums[r * plan.dim + d]) * f, int(a.dim - d));
     }
   }
-
-  static float log_of(float x) { return __builtin_logf(x); }
-  static double log_of(double x) { return __builtin_log(x); }
 };
 
 }  // namespace

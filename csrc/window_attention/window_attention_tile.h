@@ -152,20 +152,19 @@ inline __m256 widen8(const bf16_t* p) {
 inline __m256 widen8(const f16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 #endif
 
-// Tokens token(0) .. token(n - 1) -> out[d * stride + i], whole vectors of lanes; lanes beyond n are zero.
+// Tokens token(0) .. token(n - 1) -> out[d * stride + i], whole vectors of lanes; lanes beyond n repeat a token.
 template <class A, class T, class Token>
 inline void pack_transposed(Token token, int64_t n, int64_t dim, A* out, int64_t stride) {
   constexpr int L = kLanes<A>;
   for (int64_t i = 0; i < n; i += L) {
     const T* source[L];
-    const int members = int(smaller(L, n - i));
-    for (int m = 0; m < L; ++m) source[m] = token(i + (m < members ? m : 0));
+    for (int m = 0; m < L; ++m) source[m] = token(i + m < n ? i + m : i);
     int64_t d = 0;
 #if defined(__AVX2__)
     if constexpr (sizeof(A) == 4) {
       for (; d + 8 <= dim; d += 8) {
         __m256 r[8], t[8];
-        for (int m = 0; m < 8; ++m) r[m] = m < members ? widen8(source[m] + d) : _mm256_setzero_ps();
+        for (int m = 0; m < 8; ++m) r[m] = widen8(source[m] + d);
         for (int m = 0; m < 8; m += 2) {
           t[m] = _mm256_unpacklo_ps(r[m], r[m + 1]);
           t[m + 1] = _mm256_unpackhi_ps(r[m], r[m + 1]);
@@ -184,7 +183,7 @@ inline void pack_transposed(Token token, int64_t n, int64_t dim, A* out, int64_t
     }
 #endif
     for (; d < dim; ++d) {
-      for (int m = 0; m < L; ++m) out[d * stride + i + m] = m < members ? to_float(source[m][d]) : A(0);
+      for (int m = 0; m < L; ++m) out[d * stride + i + m] = to_float(source[m][d]);
     }
   }
 }
@@ -395,13 +394,14 @@ template <int N, class A>
 inline void weighted_vectors(const Plan<A>& plan, const Strip& strip, const Span& span, int64_t key_row0, int64_t extra,
                              const A* extra_values, const A* values, const A* scores, A* sums) {
   constexpr int W = lanes<A>;
+  const int64_t dim = plan.dim;  // stores might alias the plan's
   vec<A> sum[kStrip][N] = {};
   each_key_row(plan, strip, span, key_row0, extra, extra_values, values, plan.line, scores,
                [&](int r0, int r1, const A* v, const A* const* weights, int64_t n) __attribute__((always_inline)) {
     with_queries(r0, r1, [&](auto from, auto to) __attribute__((always_inline)) {
       for (int64_t j = 0; j < n; ++j) {
         vec<A> value[N];
-        for (int u = 0; u < N; ++u) value[u] = load<A>(v + j * plan.dim + u * W);
+        for (int u = 0; u < N; ++u) value[u] = load<A>(v + j * dim + u * W);
 #pragma GCC unroll 4
         for (int r = from.value; r < to.value; ++r) {
           const vec<A> weight = broadcast<A>(weights[r][j]);
@@ -414,7 +414,7 @@ inline void weighted_vectors(const Plan<A>& plan, const Strip& strip, const Span
 #pragma GCC unroll 4
   for (int r = 0; r < kStrip; ++r) {
 #pragma GCC unroll 8
-    for (int u = 0; u < N; ++u) store(sums + r * plan.dim + u * W, sum[r][u]);
+    for (int u = 0; u < N; ++u) store(sums + r * dim + u * W, sum[r][u]);
   }
 }
 
@@ -423,25 +423,26 @@ template <int N, class A>
 inline void scatter_vectors(const Plan<A>& plan, const Strip& strip, const Span& span, int64_t key_row0, int64_t extra,
                             int64_t line, const A* x, const A* scores, A* extra_target, A* target) {
   constexpr int W = lanes<A>;
+  const int64_t dim = plan.dim;  // stores might alias the plan's
   vec<A> queries[kStrip][N];
 #pragma GCC unroll 4
   for (int r = 0; r < kStrip; ++r) {
 #pragma GCC unroll 8
-    for (int u = 0; u < N; ++u) queries[r][u] = load<A>(x + r * plan.dim + u * W);
+    for (int u = 0; u < N; ++u) queries[r][u] = load<A>(x + r * dim + u * W);
   }
   each_key_row(plan, strip, span, key_row0, extra, extra_target, target, line, scores,
                [&](int r0, int r1, A* to_keys, const A* const* weights, int64_t n) __attribute__((always_inline)) {
     with_queries(r0, r1, [&](auto from, auto to) __attribute__((always_inline)) {
       for (int64_t j = 0; j < n; ++j) {
         vec<A> sum[N];
-        for (int u = 0; u < N; ++u) sum[u] = load<A>(to_keys + j * plan.dim + u * W);
+        for (int u = 0; u < N; ++u) sum[u] = load<A>(to_keys + j * dim + u * W);
 #pragma GCC unroll 4
         for (int r = from.value; r < to.value; ++r) {
           const vec<A> weight = broadcast<A>(weights[r][j]);
 #pragma GCC unroll 8
           for (int u = 0; u < N; ++u) sum[u] += weight * queries[r][u];
         }
-        for (int u = 0; u < N; ++u) store(to_keys + j * plan.dim + u * W, sum[u]);
+        for (int u = 0; u < N; ++u) store(to_keys + j * dim + u * W, sum[u]);
       }
     });
   });
