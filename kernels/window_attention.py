@@ -151,8 +151,8 @@ def window_attention_kernel(p_q, p_k, p_v, p_ek, p_ev, p_out, p_lse, q_f, q_y, q
 def window_attention_d_q_kernel(p_q, p_k, p_v, p_ek, p_ev, p_out, p_lse, p_do, p_delta, p_norm, p_dq, q_f, q_y, q_x, q_h, k_f, k_y, k_x, k_h,
                                 v_f, v_y, v_x, v_h, do_f, do_y, do_x, do_h, ek_f, ek_e, ek_h, ev_f, ev_e, ev_h, height, width,
                                 heads, dim, extra, window_y, window_x, dilation_y, dilation_x, scale, BORDER: tl.constexpr,
-                                EXTRA: tl.constexpr, BD: tl.constexpr, BY: tl.constexpr, BX: tl.constexpr, KY: tl.constexpr,
-                                KX: tl.constexpr):
+                                EXTRA: tl.constexpr, ROUNDS: tl.constexpr, BD: tl.constexpr, BY: tl.constexpr,
+                                BX: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr):
     SHIFT: tl.constexpr = BORDER == 1
     f, h = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
     r_y, r_x, rows, columns, y0, x0 = _locate(height, width, dilation_y, dilation_x, BY, BX)
@@ -172,46 +172,55 @@ def window_attention_d_q_kernel(p_q, p_k, p_v, p_ek, p_ev, p_out, p_lse, p_do, p
         b_q = tl.load(p_q + f * q_f + h * q_h + o_q[:, None] + o_d[None, :], mask=m_md, other=0.0)
         b_do = tl.load(p_do + f * do_f + h * do_h + o_do[:, None] + o_d[None, :], mask=m_md, other=0.0)
         b_delta = tl.sum(b_do.to(tl.float32) * tl.load(p_out + o_out, mask=m_md, other=0.0).to(tl.float32), 1)
-        tl.store(p_delta + o_lse, b_delta, mask=m_m)
         b_lse = tl.load(p_lse + o_lse, mask=m_m, other=0.0) * LOG2E
         b_dq = tl.zeros([BY * BX, BD], tl.float32)
-        b_sum = tl.zeros([BY * BX], tl.float32)
-        if BORDER == 2:
-            zeros = window_y.to(tl.float32) * window_x - (y_end - y_first).to(tl.float32) * (x_end - x_first)
-            b_sum = tl.maximum(zeros, 0.0) * tl.exp2(-b_lse)
         last_y, last_x = tl.minimum(y0 + BY, rows) - 1, tl.minimum(x0 + BX, columns) - 1
         from_y, to_y = _first(y0, rows, window_y, SHIFT), _end(last_y, rows, window_y, SHIFT)
         from_x, to_x = _first(x0, columns, window_x, SHIFT), _end(last_x, columns, window_x, SHIFT)
-        for key_y in range(from_y, to_y, KY):
-            for key_x in range(from_x, to_x, KX):
-                j_y, j_x = key_y + o_n // KX, key_x + o_n % KX
-                m_n = (j_y < to_y) & (j_x < to_x)
-                o_k = _tokens(j_y, j_x, r_y, r_x, dilation_y, dilation_x, k_y, k_x)
-                o_v = _tokens(j_y, j_x, r_y, r_x, dilation_y, dilation_x, v_y, v_x)
-                m_nd = m_n[:, None] & m_d[None, :]
-                b_k = tl.load(p_k + f * k_f + h * k_h + o_k[:, None] + o_d[None, :], mask=m_nd, other=0.0)
-                b_v = tl.load(p_v + f * v_f + h * v_h + o_v[:, None] + o_d[None, :], mask=m_nd, other=0.0)
-                inside = (j_y[None, :] >= y_first[:, None]) & (j_y[None, :] < y_end[:, None]) & \
-                    (j_x[None, :] >= x_first[:, None]) & (j_x[None, :] < x_end[:, None])
-                b_s = _dot(b_q, tl.trans(b_k), None) * (scale * LOG2E)
-                b_p = tl.exp2(tl.where(inside, b_s - b_lse[:, None], float("-inf")))
-                b_sum += tl.sum(b_p, 1)
-                b_dp = _dot(b_do, tl.trans(b_v), None)
-                b_ds = tl.where(inside, b_p * (b_dp - b_delta[:, None]), 0.0)
-                b_dq = _dot(b_ds.to(b_k.dtype), b_k, b_dq)
-        if EXTRA:
-            o_e = tl.arange(0, 16)
-            for e in range(0, extra, 16):
-                m_e = e + o_e < extra
-                o_k, o_v = (e + o_e).to(tl.int64) * ek_e, (e + o_e).to(tl.int64) * ev_e
-                m_ed = m_e[:, None] & m_d[None, :]
-                b_k = tl.load(p_ek + f * ek_f + h * ek_h + o_k[:, None] + o_d[None, :], mask=m_ed, other=0.0)
-                b_v = tl.load(p_ev + f * ev_f + h * ev_h + o_v[:, None] + o_d[None, :], mask=m_ed, other=0.0)
-                b_s = _dot(b_q, tl.trans(b_k), None) * (scale * LOG2E)
-                b_p = tl.exp2(tl.where(m_e[None, :], b_s - b_lse[:, None], float("-inf")))
-                b_sum += tl.sum(b_p, 1)
-                b_dp = _dot(b_do, tl.trans(b_v), None)
-                b_dq = _dot((b_p * (b_dp - b_delta[:, None])).to(b_k.dtype), b_k, b_dq)
+        for step in tl.static_range(ROUNDS):  # the first of two only sums: d_out.out from rounded outputs is not float32's best
+            b_sum, b_product = tl.zeros([BY * BX], tl.float32), tl.zeros([BY * BX], tl.float32)
+            if BORDER == 2:
+                zeros = window_y.to(tl.float32) * window_x - (y_end - y_first).to(tl.float32) * (x_end - x_first)
+                b_sum = tl.maximum(zeros, 0.0) * tl.exp2(-b_lse)
+            for key_y in range(from_y, to_y, KY):
+                for key_x in range(from_x, to_x, KX):
+                    j_y, j_x = key_y + o_n // KX, key_x + o_n % KX
+                    m_n = (j_y < to_y) & (j_x < to_x)
+                    o_k = _tokens(j_y, j_x, r_y, r_x, dilation_y, dilation_x, k_y, k_x)
+                    o_v = _tokens(j_y, j_x, r_y, r_x, dilation_y, dilation_x, v_y, v_x)
+                    m_nd = m_n[:, None] & m_d[None, :]
+                    b_k = tl.load(p_k + f * k_f + h * k_h + o_k[:, None] + o_d[None, :], mask=m_nd, other=0.0)
+                    b_v = tl.load(p_v + f * v_f + h * v_h + o_v[:, None] + o_d[None, :], mask=m_nd, other=0.0)
+                    inside = (j_y[None, :] >= y_first[:, None]) & (j_y[None, :] < y_end[:, None]) & \
+                        (j_x[None, :] >= x_first[:, None]) & (j_x[None, :] < x_end[:, None])
+                    b_s = _dot(b_q, tl.trans(b_k), None) * (scale * LOG2E)
+                    b_p = tl.exp2(tl.where(inside, b_s - b_lse[:, None], float("-inf")))
+                    b_sum += tl.sum(b_p, 1)
+                    b_dp = _dot(b_do, tl.trans(b_v), None)
+                    if step == ROUNDS - 1:
+                        b_ds = tl.where(inside, b_p * (b_dp - b_delta[:, None]), 0.0)
+                        b_dq = _dot(b_ds.to(b_k.dtype), b_k, b_dq)
+                    else:
+                        b_product += tl.sum(tl.where(inside, b_p * b_dp, 0.0), 1)
+            if EXTRA:
+                o_e = tl.arange(0, 16)
+                for e in range(0, extra, 16):
+                    m_e = e + o_e < extra
+                    o_k, o_v = (e + o_e).to(tl.int64) * ek_e, (e + o_e).to(tl.int64) * ev_e
+                    m_ed = m_e[:, None] & m_d[None, :]
+                    b_k = tl.load(p_ek + f * ek_f + h * ek_h + o_k[:, None] + o_d[None, :], mask=m_ed, other=0.0)
+                    b_v = tl.load(p_ev + f * ev_f + h * ev_h + o_v[:, None] + o_d[None, :], mask=m_ed, other=0.0)
+                    b_s = _dot(b_q, tl.trans(b_k), None) * (scale * LOG2E)
+                    b_p = tl.exp2(tl.where(m_e[None, :], b_s - b_lse[:, None], float("-inf")))
+                    b_sum += tl.sum(b_p, 1)
+                    b_dp = _dot(b_do, tl.trans(b_v), None)
+                    if step == ROUNDS - 1:
+                        b_dq = _dot((b_p * (b_dp - b_delta[:, None])).to(b_k.dtype), b_k, b_dq)
+                    else:
+                        b_product += tl.sum(b_p * b_dp, 1)
+            if step < ROUNDS - 1:
+                b_delta = b_product / tl.where(m_m, b_sum, 1.0)
+        tl.store(p_delta + o_lse, b_delta, mask=m_m)
         b_norm = 1.0 / tl.where(m_m, b_sum, 1.0)
         tl.store(p_norm + o_lse, b_norm, mask=m_m)
         tl.store(p_dq + o_out, (b_dq * (scale * b_norm)[:, None]).to(p_dq.dtype.element_ty), mask=m_md)
@@ -302,40 +311,43 @@ def window_attention_d_extra_kernel(p_q, p_ek, p_ev, p_lse, p_do, p_delta, p_nor
 # ---- launches
 
 
-def _blocks(dim, columns, window_x, wide):
-    """Constants of a launch: padded dim, query tile, key block; for `wide` (float32) and large heads smaller ones."""
+# queries a tile, keys a block, warps: the largest that spill nothing, by kernel, 16 bits or 32, padded dim
+_TILES = {
+    "forward": {2: {64: (64, 64, 4), 128: (64, 64, 8), 256: (32, 32, 8)}, 4: {64: (64, 32, 8), 128: (16, 16, 8), 256: (16, 16, 8)}},
+    "backward": {2: {64: (64, 64, 8), 128: (32, 32, 8), 256: (16, 32, 8)}, 4: {64: (32, 32, 8), 128: (16, 16, 8), 256: (16, 16, 8)}},
+}
+
+
+def _blocks(direction, itemsize, dim, columns, window_x):
+    """Constants and options of a launch: padded dim, query tile, key block, warps."""
     padded = max(16, triton.next_power_of_2(dim))
-    queries = 32 if padded > 128 or wide and padded > 64 else 64
-    keys = 32 if padded > 64 or wide else 64
+    queries, keys, warps = _TILES[direction][itemsize][max(padded, 64)]
     block_x = 16 if 8 < columns <= 16 else 8
     key_x = min(16, max(8, triton.next_power_of_2(min(columns, block_x + window_x - 1))))
-    return dict(BD=padded, BY=queries // block_x, BX=block_x, KY=keys // key_x, KX=key_x)
-
-
-def _options(padded):
-    return dict(num_warps=8 if padded > 128 else 4, num_stages=1 if padded > 128 else 2)
+    return dict(BD=padded, BY=queries // block_x, BX=block_x, KY=keys // key_x, KX=key_x), \
+        dict(num_warps=warps, num_stages=1 if padded > 128 else 2)
 
 
 def _strides(x):
     return x.stride()[:-1]
 
 
-def _launch(q, extra_k, window, dilation, border):
+def _launch(direction, q, extra_k, window, dilation, border):
     frames, height, width, heads, dim = q.shape
     rows, columns = triton.cdiv(height, dilation[0]), triton.cdiv(width, dilation[1])
     window = [min(w, size) if border == "shift" else w for w, size in zip(window, (height, width))]
-    blocks = _blocks(dim, columns, window[1], q.dtype == torch.float32)
+    blocks, options = _blocks(direction, q.element_size(), dim, columns, window[1])
     classes = min(dilation[0], height) * min(dilation[1], width)
     grid = (triton.cdiv(rows, blocks["BY"]) * triton.cdiv(columns, blocks["BX"]) * classes, frames * heads)
     sizes = (height, width, heads, dim)
     extra = 0 if extra_k is None else extra_k.shape[1]
-    return grid, sizes, extra, (*window, *dilation), blocks | _options(blocks["BD"])
+    return grid, sizes, extra, (*window, *dilation), blocks | options
 
 
 def forward(tensors, out, lse, window, dilation, border, scale):
     """Launches over tensors = (q, k, v, extra_k, extra_v), the last axis of each dense."""
     q, k, v, extra_k, extra_v = tensors
-    grid, sizes, extra, windows, constants = _launch(q, extra_k, window, dilation, border)
+    grid, sizes, extra, windows, constants = _launch("forward", q, extra_k, window, dilation, border)
     extra_k, extra_v = (k[:, 0], v[:, 0]) if extra_k is None else (extra_k, extra_v)  # not read
     for part in _frames(q):
         q_, k_, v_, ek_, ev_, out_, lse_ = (x[part] for x in (q, k, v, extra_k, extra_v, out, lse))
@@ -347,7 +359,7 @@ def forward(tensors, out, lse, window, dilation, border, scale):
 def backward(tensors, out, lse, gradients, window, dilation, border, scale):
     """Launches over tensors = (d_out, q, k, v, extra_k, extra_v); allocates delta and norm, of the shape of lse."""
     d_out, q, k, v, extra_k, extra_v = tensors
-    grid, sizes, extra, windows, constants = _launch(q, extra_k, window, dilation, border)
+    grid, sizes, extra, windows, constants = _launch("backward", q, extra_k, window, dilation, border)
     extra_k, extra_v = (k[:, 0], v[:, 0]) if extra_k is None else (extra_k, extra_v)
     delta, norm = torch.empty_like(lse), torch.empty_like(lse)
     strides = (*_strides(q), *_strides(k), *_strides(v), *_strides(d_out))
@@ -359,13 +371,13 @@ def backward(tensors, out, lse, gradients, window, dilation, border, scale):
         outer = q_.shape[0] * q_.shape[3]
         window_attention_d_q_kernel[(grid[0], outer)](
             q_, k_, v_, ek_, ev_, out_, lse_, do_, delta_, norm_, dq_, *strides, *extra_strides, *sizes, extra, *windows, scale,
-            BORDER=_BORDERS[border], EXTRA=extra > 0, **constants)
+            BORDER=_BORDERS[border], EXTRA=extra > 0, ROUNDS=2 if q.dtype == torch.float32 else 1, **constants)
         window_attention_d_kv_kernel[(grid[0], outer)](
             q_, k_, v_, lse_, do_, delta_, norm_, dk_, dv_, *strides, *sizes, *windows, scale, BORDER=_BORDERS[border], **constants)
         if extra:
             window_attention_d_extra_kernel[(triton.cdiv(extra, 16), outer)](
                 q_, ek_, ev_, lse_, do_, delta_, norm_, dek_, dev_, *_strides(q), *_strides(d_out), *extra_strides, *sizes, extra, scale,
-                BD=constants["BD"], BM=32, **_options(constants["BD"]))
+                BD=constants["BD"], BM=32 if constants["BD"] <= 64 else 16, num_warps=8, num_stages=1)
 
 
 def _frames(q):
@@ -379,14 +391,18 @@ def _frames(q):
 
 def aot():
     """(kernel, signature, constants, options) of the launches that a ViT makes: for compilation without a GPU."""
-    for dtype, dim in (("bf16", 64), ("bf16", 88), ("bf16", 128), ("fp16", 256), ("fp32", 64)):
-        blocks = _blocks(dim, 64, 7, dtype == "fp32")
-        options = _options(blocks["BD"])
-        for kernel in (window_attention_kernel, window_attention_d_q_kernel, window_attention_d_kv_kernel):
-            constants = blocks | dict(BORDER=0) | ({} if kernel is window_attention_d_kv_kernel else dict(EXTRA=True))
+    for dtype, dim in (("bf16", 64), ("bf16", 88), ("fp16", 256), ("fp32", 64)):
+        itemsize = 4 if dtype == "fp32" else 2
+        rounds = dict(EXTRA=True, ROUNDS=2 if dtype == "fp32" else 1)
+        for kernel, direction, more in ((window_attention_kernel, "forward", dict(EXTRA=True)),
+                                        (window_attention_d_q_kernel, "backward", rounds),
+                                        (window_attention_d_kv_kernel, "backward", {})):
+            blocks, options = _blocks(direction, itemsize, dim, 64, 7)
+            constants = blocks | dict(BORDER=0) | more
             yield kernel, _signature(kernel, dtype, constants), constants, options
-        constants = dict(BD=blocks["BD"], BM=32)
-        yield window_attention_d_extra_kernel, _signature(window_attention_d_extra_kernel, dtype, constants), constants, options
+        constants = dict(BD=blocks["BD"], BM=32 if blocks["BD"] <= 64 else 16)
+        yield (window_attention_d_extra_kernel, _signature(window_attention_d_extra_kernel, dtype, constants), constants,
+               dict(num_warps=8, num_stages=1))
 
 
 def _signature(kernel, dtype, constants):
