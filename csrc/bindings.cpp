@@ -98,7 +98,7 @@ static void window_attention_binding(const std::array<address, 5>& tensors, cons
   FOURDPERF_LAUNCH(window_attention)(args);
 }
 
-static void window_attention_backward_binding(const std::array<address, 5>& tensors, const std::array<address, 3>& saved,
+static void window_attention_backward_binding(const std::array<address, 5>& tensors, const std::array<address, 4>& saved,
                                               const std::array<address, 5>& gradients, int dtype, const std::array<int64_t, 6>& sizes,
                                               const std::array<Grid, 4>& strides, const std::array<Extra, 2>& extra_strides,
                                               const std::array<int64_t, 4>& window, int border, double scale, address where) {
@@ -107,6 +107,7 @@ static void window_attention_backward_binding(const std::array<address, 5>& tens
   args.out = pointer(saved[0]);
   args.lse = pointer(saved[1]);
   args.d_out = pointer(saved[2]);
+  args.workspace = pointer(saved[3]);
   args.d_out_strides = grid(strides[3]);
   args.d_q = pointer(gradients[0]);
   args.d_k = pointer(gradients[1]);

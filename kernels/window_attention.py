@@ -313,8 +313,8 @@ def window_attention_d_extra_kernel(p_q, p_ek, p_ev, p_lse, p_do, p_delta, p_nor
 
 # queries a tile, keys a block, warps: the largest that spill nothing, by kernel, 16 bits or 32, padded dim
 _TILES = {
-    "forward": {2: {64: (64, 64, 4), 128: (64, 64, 8), 256: (32, 32, 8)}, 4: {64: (64, 32, 8), 128: (16, 16, 8), 256: (16, 16, 8)}},
-    "backward": {2: {64: (64, 64, 8), 128: (32, 32, 8), 256: (16, 32, 8)}, 4: {64: (32, 32, 8), 128: (16, 16, 8), 256: (16, 16, 8)}},
+    "forward": {2: {64: (64, 64, 4), 128: (64, 64, 8), 256: (32, 32, 8)}, 4: {64: (32, 16, 4), 128: (16, 16, 8), 256: (16, 16, 8)}},
+    "backward": {2: {64: (32, 64, 8), 128: (32, 32, 8), 256: (16, 32, 8)}, 4: {64: (32, 32, 8), 128: (16, 16, 8), 256: (16, 16, 8)}},
 }
 
 
@@ -326,6 +326,11 @@ def _blocks(direction, itemsize, dim, columns, window_x):
     key_x = min(16, max(8, triton.next_power_of_2(min(columns, block_x + window_x - 1))))
     return dict(BD=padded, BY=queries // block_x, BX=block_x, KY=keys // key_x, KX=key_x), \
         dict(num_warps=warps, num_stages=1 if padded > 128 else 2)
+
+
+def _extra_tokens(itemsize, padded):
+    """Queries at a time for the gradients of extra tokens."""
+    return 32 if itemsize == 2 and padded <= 64 else 16
 
 
 def _strides(x):
@@ -377,7 +382,7 @@ def backward(tensors, out, lse, gradients, window, dilation, border, scale):
         if extra:
             window_attention_d_extra_kernel[(triton.cdiv(extra, 16), outer)](
                 q_, ek_, ev_, lse_, do_, delta_, norm_, dek_, dev_, *_strides(q), *_strides(d_out), *extra_strides, *sizes, extra, scale,
-                BD=constants["BD"], BM=32 if constants["BD"] <= 64 else 16, num_warps=8, num_stages=1)
+                BD=constants["BD"], BM=_extra_tokens(q.element_size(), constants["BD"]), num_warps=8, num_stages=1)
 
 
 def _frames(q):
@@ -400,7 +405,7 @@ def aot():
             blocks, options = _blocks(direction, itemsize, dim, 64, 7)
             constants = blocks | dict(BORDER=0) | more
             yield kernel, _signature(kernel, dtype, constants), constants, options
-        constants = dict(BD=blocks["BD"], BM=32 if blocks["BD"] <= 64 else 16)
+        constants = dict(BD=blocks["BD"], BM=_extra_tokens(itemsize, blocks["BD"]))
         yield (window_attention_d_extra_kernel, _signature(window_attention_d_extra_kernel, dtype, constants), constants,
                dict(num_warps=8, num_stages=1))
 

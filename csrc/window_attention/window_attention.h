@@ -35,8 +35,9 @@ struct WindowAttentionArgs {
   int64_t window_y, window_x, dilation_y, dilation_x;
   Border border;
   double scale;
-  int threads;   // CPU
-  void* stream;  // CUDA
+  int threads;      // CPU
+  void* workspace;  // CUDA, backward: two values of lse's type a query
+  void* stream;     // CUDA
 };
 
 FOURDPERF_DECLARE_CPU(window_attention, WindowAttentionArgs)

@@ -95,7 +95,12 @@ static ffi::Error window_attention_backward_ffi(FfiLaunch launch, ffi::AnyBuffer
   args.d_v = d_v->untyped_data();
   args.d_extra_k = d_extra_k->untyped_data();
   args.d_extra_v = d_extra_v->untyped_data();
-  return ffi_guard([&] { FOURDPERF_LAUNCH(window_attention_backward)(args); });
+  return ffi_guard([&] {
+    if (launch.scratch) {
+      args.workspace = launch.allocate<char>(2 * args.frames * args.heads * args.height * args.width * (args.dtype == DType::f64 ? 8 : 4));
+    }
+    FOURDPERF_LAUNCH(window_attention_backward)(args);
+  });
 }
 
 }  // namespace fourdperf

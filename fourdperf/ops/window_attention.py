@@ -311,9 +311,11 @@ def _native_forward(tensors, out, lse, *options):
 def _native_backward(tensors, out, lse, gradients, *options):
     library, launch = where(out)
     d_out, *tensors = tensors
+    workspace = lse.new_empty((2, *lse.shape)) if lse.is_cuda else None
     addresses, dtype, sizes, extra_strides, *rest = _native_arguments(*tensors, *options)
     library.window_attention_backward(
-        addresses, (out.data_ptr(), lse.data_ptr(), d_out.data_ptr()), [x.data_ptr() for x in gradients], dtype, sizes,
+        addresses, (out.data_ptr(), lse.data_ptr(), d_out.data_ptr(), workspace.data_ptr() if lse.is_cuda else 0),
+        [x.data_ptr() for x in gradients], dtype, sizes,
         [x.stride()[:4] for x in (*tensors[:3], d_out)], extra_strides, *rest, launch)
 
 
