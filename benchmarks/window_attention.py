@@ -1,9 +1,9 @@
 """window_attention: neighbourhood attention over ViT grids, against full attention, masks and FlexAttention.
 
-Floor: 4 D FLOPs for each pair of a query and a key of its window (10 D forward and backward), and q, k, v, out once. Peers:
-scaled_dot_product_attention over the whole frame (another function: it is timed as the speed of light of dense attention and is
-not compared), the same with a mask, FlexAttention compiled with its block mask (no backward on the CPU), keys gathered by
-unfold, and torch.compile of the eager code.
+Floor: 4 D FLOPs for each pair of a query and a key of its window (14 D forward and backward), and q, k, v, out once. Peers:
+scaled_dot_product_attention with a mask, FlexAttention compiled with its block mask (no backward on the CPU), keys gathered by
+unfold, and torch.compile of the eager code. Full attention computes something else; it has cases of its own, with no comparison
+of answers, since it is what people use in place of a window.
 """
 
 import torch
@@ -25,15 +25,15 @@ def cases(device: str):
             torch.compiler.reset()
             yield _case(name, shape, dtype, device, backward=False)
             yield _case(name, shape, dtype, device, backward=True)
+            for backward in (False, True):
+                yield _against_full_attention(name, shape, dtype, device, backward)
     frames, side, heads, dim = 24, 16, 12, 64
     yield _covering(frames, side, heads, dim, device)
 
 
 def _case(name, shape, dtype, device, backward):
     frames, side, heads, dim, window = shape
-    qkv = torch.randn(frames, side, side, 3, heads, dim, device=device).to(dtype)
-    leaves = [x.detach().requires_grad_(backward) for x in qkv.unbind(3)]
-    d_out = torch.randn(frames, side, side, heads, dim, device=device).to(dtype)
+    leaves, call = _leaves(frames, side, heads, dim, dtype, device, backward)
     seen = _axis_keys(side, window, 1, "mask", device)[1].sum(1)
     pairs = int(seen.sum()) ** 2 * frames * heads
     functions = {"fourdperf": lambda q, k, v: window_attention(q, k, v, window)}
@@ -46,13 +46,29 @@ def _case(name, shape, dtype, device, backward):
     functions["unfold"] = lambda q, k, v: _unfold(q, k, v, window)
     eager = torch.compile(window_attention_eager)
     functions["eager, compiled"] = lambda q, k, v: eager(q, k, v, None, None, (window, window), (1, 1), "mask", dim**-0.5)
-    call = (lambda f: lambda: (out := f(*leaves), *torch.autograd.grad(out, leaves, d_out))) if backward else \
-        (lambda f: lambda: f(*leaves))
     providers = {name: f if isinstance(f, str) else call(f) for name, f in functions.items()}
-    moved = qkv.nbytes + d_out.nbytes
+    moved = 4 * leaves[0].numel() * leaves[0].element_size()
     return Case("window_attention", name, str(dtype).removeprefix("torch."), providers, bytes=moved * (3 if backward else 1),
                 flops=pairs * dim * (14 if backward else 4), tolerance=2e-5 if dtype == torch.float32 else 4e-2,
                 direction="forward+backward" if backward else "forward")
+
+
+def _leaves(frames, side, heads, dim, dtype, device, backward):
+    """q, k, v as views of one projection, and what turns a function of them into a provider."""
+    qkv = torch.randn(frames, side, side, 3, heads, dim, device=device).to(dtype)
+    leaves = [x.detach().requires_grad_(backward) for x in qkv.unbind(3)]
+    d_out = torch.randn(frames, side, side, heads, dim, device=device).to(dtype)
+    if not backward:
+        return leaves, lambda f: lambda: f(*leaves)
+    return leaves, lambda f: lambda: (out := f(*leaves), *torch.autograd.grad(out, leaves, d_out))
+
+
+def _against_full_attention(name, shape, dtype, device, backward):
+    frames, side, heads, dim, window = shape
+    _, call = _leaves(frames, side, heads, dim, dtype, device, backward)
+    providers = {"fourdperf": call(lambda q, k, v: window_attention(q, k, v, window)), "SDPA, full frame": call(_sdpa)}
+    return Case("window_attention", f"{name}, against full attention", str(dtype).removeprefix("torch."), providers,
+                tolerance=float("inf"), direction="forward+backward" if backward else "forward")
 
 
 def _covering(frames, side, heads, dim, device):

@@ -50,9 +50,9 @@ from fourdperf.ops.backends import (
     DTYPE_CODES,
     Backend,
     _transform_why_not,
-    always,
     choose,
     define,
+    eager_why_not,
     native_why_not,
     triton_why_not,
     where,
@@ -187,13 +187,17 @@ def _covers(size, window, dilation, border):
     return dilation == 1 and window - window // 2 >= size or size <= 1
 
 
-def _why_not_sdpa(q, k, v, extra_k, extra_v, window, dilation, border, scale):
+def _sdpa_device_why_not(*tensors):
+    return _transform_why_not()
+
+
+def _sdpa_args_why_not(q, k, v, extra_k, extra_v, window, dilation, border, scale):
     if border == "zero":
         return "zeros outside the frame take part in the softmax"
     sizes = q.shape[1], q.shape[2]
     if not all(_covers(*axis, border) for axis in zip(sizes, window, dilation)):
         return f"a window of {window} does not show every query the whole frame of {tuple(sizes)}"
-    return _transform_why_not()
+    return None
 
 
 def _sdpa(q, k, v, extra_k, extra_v, window, dilation, border, scale):
@@ -331,24 +335,23 @@ def _triton_backward(*args):
     backward(*args)
 
 
-def _why_not_native(q, *rest):
-    if q.is_cuda and q.shape[-1] > 256:
-        return f"heads have at most 256 elements on CUDA, got {q.shape[-1]}"
-    return native_why_not(q)
+def _head_why_not(q, *rest):
+    return f"heads have at most 256 elements here, got {q.shape[-1]}" if q.shape[-1] > 256 else None
 
 
-def _why_not_triton(q, *rest):
-    if q.dtype == torch.float64:
-        return "tensor cores have no use for float64 here: take native"
-    if q.shape[-1] > 256:
-        return f"heads have at most 256 elements, got {q.shape[-1]}"
-    return triton_why_not(q)
+def _native_args_why_not(q, *rest):
+    return _head_why_not(q) if q.is_cuda else None
+
+
+def _triton_args_why_not(q, *rest):
+    return "tensor cores have no use for float64 here: take native" if q.dtype == torch.float64 else _head_why_not(q)
 
 
 BACKENDS = (
-    Backend("sdpa", _sdpa, _why_not_sdpa),
-    Backend("native", _define("window_attention", _native_forward, _native_backward), _why_not_native),
-    Backend("triton", _define("window_attention_triton", _triton_forward, _triton_backward), _why_not_triton),
-    Backend("eager", window_attention_eager, always),
+    Backend("sdpa", _sdpa, _sdpa_device_why_not, _sdpa_args_why_not),
+    Backend("native", _define("window_attention", _native_forward, _native_backward), native_why_not, _native_args_why_not),
+    Backend("triton", _define("window_attention_triton", _triton_forward, _triton_backward), triton_why_not,
+            _triton_args_why_not),
+    Backend("eager", window_attention_eager, eager_why_not),
 )
 _ON_CUDA = (BACKENDS[0], BACKENDS[2], BACKENDS[1], BACKENDS[3])  # tensor cores: in Triton

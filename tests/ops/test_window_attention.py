@@ -50,15 +50,13 @@ def inputs_of(shape, extra, dtype=torch.float64):
 
 def check(case, target, dtype):
     shape, window, dilation, border, extra = case
-    refuse(target.backend, dtype)
+    if target.backend == "triton" and dtype == torch.float64:
+        pytest.skip("Triton has no float64 here")
+    if str(target) == "triton-cpu" and dtype != torch.float32 and (border, extra) == ("mask", 0):
+        pytest.skip("the interpreter is slow: 16 bits where a case has more to it")
     function = lambda q, k, v, extra_k=None, extra_v=None, backend=None: window_attention(
         q, k, v, window, border=border, dilation=dilation, extra_k=extra_k, extra_v=extra_v, backend=backend)
     check_op(function, inputs_of(shape, extra), target, dtype)
-
-
-def refuse(backend, dtype):
-    if backend == "triton" and dtype == torch.float64:
-        pytest.skip("Triton has no float64 here")
 
 
 @cases
@@ -70,13 +68,15 @@ def test_agrees_with_eager(case, dtype, target):
 @pytest.mark.parametrize("case", NATIVE_ONLY.values(), ids=NATIVE_ONLY.keys())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_bands_and_tiles(case, dtype, target):
-    if target.backend == "triton" and target.device == "cpu":
+    if str(target) == "triton-cpu":
         pytest.skip("slow in the interpreter")
     check(case, target, dtype)
 
 
 @pytest.mark.parametrize("dim", [1, 5, 8, 32, 64, 80, 88, 96, 104, 112, 128, 256])
 def test_head_sizes(dim, target):
+    if str(target) == "triton-cpu" and dim not in (1, 88, 128):
+        pytest.skip("the interpreter is slow: one size of each kind")
     check(((1, 4, 5, 1, dim), 3, 1, "mask", 0), target, torch.float32)
 
 
@@ -200,7 +200,7 @@ def test_jax(border, backend):
 
 
 def test_jax_ffi_dtypes():
-    jax, jnp = pytest.importorskip("jax"), pytest.importorskip("jax.numpy")
+    jnp = pytest.importorskip("jax.numpy")
     from fourdperf.jax.ops import window_attention as jax_window_attention
 
     for dtype in ("float32", "bfloat16", "float16"):
@@ -376,7 +376,7 @@ def test_every_backend_says_why_not():
     assert all(b.why_not(*args) is None or isinstance(b.why_not(*args), str) for b in BACKENDS)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_fuzz(data):
     """Any shape, layout and option: native computes what eager does, forward and backward, or both raise ValueError."""
