@@ -52,8 +52,8 @@ def check(case, target, dtype):
     shape, window, dilation, border, extra = case
     if target.backend == "triton" and dtype == torch.float64:
         pytest.skip("Triton has no float64 here")
-    if str(target) == "triton-cpu" and dtype != torch.float32 and (border, extra) == ("mask", 0):
-        pytest.skip("the interpreter is slow: 16 bits where a case has more to it")
+    if str(target) == "triton-cpu" and dtype != torch.float32 and case != CASES["zeros" if dtype == torch.bfloat16 else "one_token"]:
+        pytest.skip("the interpreter is slow: one case of each 16-bit type")
     function = lambda q, k, v, extra_k=None, extra_v=None, backend=None: window_attention(
         q, k, v, window, border=border, dilation=dilation, extra_k=extra_k, extra_v=extra_v, backend=backend)
     check_op(function, inputs_of(shape, extra), target, dtype)
