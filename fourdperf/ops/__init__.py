@@ -4,9 +4,24 @@ Axes in the docstrings: B batch, T frames, H, W height and width, N tokens or po
 """
 
 from fourdperf.ops.backends import use_backend
+from fourdperf.ops.fourier_embed import (
+    fourier_columns,
+    fourier_embed,
+    fourier_embed_eager,
+    fourier_linear,
+    fourier_linear_eager,
+    gaussian,
+    linear_range,
+    octaves,
+)
+from fourdperf.ops.gather_patches import gather_patches, gather_patches_eager
 from fourdperf.ops.resize import resize, resize_eager
 from fourdperf.ops.window_attention import window_attention, window_attention_eager
 
-OPS = ("resize", "window_attention")
+OPS = ("fourier_embed", "gather_patches", "resize", "window_attention")
 
-__all__ = ["OPS", "resize", "resize_eager", "use_backend", "window_attention", "window_attention_eager"]
+__all__ = [
+    "OPS", "fourier_columns", "fourier_embed", "fourier_embed_eager", "fourier_linear", "fourier_linear_eager", "gather_patches",
+    "gather_patches_eager", "gaussian", "linear_range", "octaves", "resize", "resize_eager", "use_backend",
+    "window_attention", "window_attention_eager",
+]

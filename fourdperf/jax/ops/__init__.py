@@ -1,6 +1,11 @@
 """The ops for JAX, same names and arguments as in fourdperf.ops. Backends: 'ffi' (native kernels), 'jnp'."""
 
+from fourdperf.jax.ops.fourier_embed import fourier_columns, fourier_embed, fourier_linear, gaussian, linear_range, octaves
+from fourdperf.jax.ops.gather_patches import gather_patches
 from fourdperf.jax.ops.resize import resize
 from fourdperf.jax.ops.window_attention import window_attention
 
-__all__ = ["resize", "window_attention"]
+__all__ = [
+    "fourier_columns", "fourier_embed", "fourier_linear", "gather_patches", "gaussian", "linear_range", "octaves", "resize",
+    "window_attention",
+]
