@@ -7,7 +7,9 @@
 //   load<A>(const T*, n)         the first n lanes, zeros beyond (reads no byte past them)
 //   store(T*, v), store(T*, v, n)
 //   store_streaming(T*, v)       past the caches: whole vectors at aligned addresses; stream_fence() when done
-//   broadcast<A>(x), reduce_add(v), for_vectors<A>(size, f)
+//   broadcast<A>(x), reduce_add(v), max(v, w), reduce_max(v), mask<A> (a vector of 0 and -1: mask ? v : w selects)
+//   exp2(v)                      within 1.5 units in the last place; 0 below 2^-126 (2^-1022), NaN stays NaN
+//   for_vectors<A>(size, f)
 //   transpose(v)                 lanes<float> vectors as rows of a square, in place
 #pragma once
 #include <cstdint>
@@ -34,6 +36,10 @@ template <> struct vec_of<float> { typedef float type __attribute__((vector_size
 template <> struct vec_of<double> { typedef double type __attribute__((vector_size(kVectorBytes))); };
 template <class A> using vec = typename vec_of<A>::type;
 template <class A> constexpr int lanes = kVectorBytes / int(sizeof(A));
+template <class A> struct mask_of;
+template <> struct mask_of<float> { typedef int32_t type __attribute__((vector_size(kVectorBytes))); };
+template <> struct mask_of<double> { typedef int64_t type __attribute__((vector_size(kVectorBytes))); };
+template <class A> using mask = typename mask_of<A>::type;
 
 template <class A> inline vec<A> broadcast(A x) { return x - vec<A>{}; }
 
@@ -274,6 +280,46 @@ inline double reduce_add(vec<double> v) {
   double sum = v[0];
   for (int i = 1; i < lanes<double>; ++i) sum += v[i];
   return sum;
+}
+
+// The larger of two; w where one is NaN.
+template <class V> inline V max(V v, V w) { return v > w ? v : w; }
+#if defined(__AVX512F__)
+inline vec<float> max(vec<float> v, vec<float> w) { return (vec<float>)_mm512_max_ps((__m512)v, (__m512)w); }
+#elif defined(__AVX2__)
+inline vec<float> max(vec<float> v, vec<float> w) { return (vec<float>)_mm256_max_ps((__m256)v, (__m256)w); }
+#endif
+
+template <class V> inline auto reduce_max(V v) {
+  auto largest = v[0];
+  for (int i = 1; i < int(sizeof(v) / sizeof(v[0])); ++i) largest = v[i] > largest ? v[i] : largest;
+  return largest;
+}
+#if defined(__AVX512F__)
+inline float reduce_max(vec<float> v) { return _mm512_reduce_max_ps((__m512)v); }
+#endif
+
+// 2^x = 2^n (1 + f P(f)), n = round(x): adding 1.5 2^23 (1.5 2^52) leaves n in the low bits.
+inline vec<float> exp2(vec<float> x) {
+  const vec<float> magic = broadcast<float>(0x1.8p23f), t = x + magic, f = x - (t - magic);
+  vec<float> p = broadcast<float>(1.5453153e-4f) * f + broadcast<float>(1.33908634e-3f);
+  p = p * f + broadcast<float>(9.61808256e-3f);
+  p = p * f + broadcast<float>(5.5503571e-2f);
+  p = p * f + broadcast<float>(2.40226508e-1f);
+  p = p * f + broadcast<float>(6.93147188e-1f);
+  p = p * f + broadcast<float>(1.f);
+  const vec<float> result = p * (vec<float>)(((mask<float>)t - (mask<float>)magic + 127) << 23);
+  return x < broadcast<float>(-126.f) ? vec<float>{} : result;
+}
+inline vec<double> exp2(vec<double> x) {
+  constexpr double c[] = {2.5751021339944406e-11, 4.455715822973832e-10, 7.054884988795769e-09, 1.0178057767236438e-07,
+                          1.3215486830018637e-06, 1.5252733839834363e-05, 1.5403530393363278e-04, 1.3333558146408095e-03,
+                          9.618129107628472e-03, 5.5504108664821625e-02, 2.4022650695910072e-01, 6.931471805599453e-01, 1.};
+  const vec<double> magic = broadcast<double>(0x1.8p52), t = x + magic, f = x - (t - magic);
+  vec<double> p = broadcast<double>(c[0]);
+  for (int i = 1; i < 13; ++i) p = p * f + broadcast<double>(c[i]);
+  const vec<double> result = p * (vec<double>)(((mask<double>)t - (mask<double>)magic + 1023) << 52);
+  return x < broadcast<double>(-1022.) ? vec<double>{} : result;
 }
 
 }  // namespace

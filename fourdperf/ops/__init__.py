@@ -17,8 +17,9 @@ from fourdperf.ops.fourier_embed import (
 )
 from fourdperf.ops.gather_patches import gather_patches, gather_patches_eager
 from fourdperf.ops.resize import resize, resize_eager
+from fourdperf.ops.window_attention import window_attention, window_attention_eager
 
-OPS = ("bilinear_sample", "fourier_embed", "gather_patches", "resize")
+OPS = ("bilinear_sample", "fourier_embed", "gather_patches", "resize", "window_attention")
 
 __all__ = [
     "OPS",
@@ -37,4 +38,6 @@ __all__ = [
     "resize",
     "resize_eager",
     "use_backend",
+    "window_attention",
+    "window_attention_eager",
 ]

@@ -11,6 +11,7 @@ from fourdperf.jax.ops.fourier_embed import (
 )
 from fourdperf.jax.ops.gather_patches import gather_patches
 from fourdperf.jax.ops.resize import resize
+from fourdperf.jax.ops.window_attention import window_attention
 
 __all__ = [
     "bilinear_sample",
@@ -22,4 +23,5 @@ __all__ = [
     "linear_range",
     "octaves",
     "resize",
+    "window_attention",
 ]
