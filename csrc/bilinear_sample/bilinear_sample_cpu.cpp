@@ -123,7 +123,7 @@ class ByRow {
     const int64_t per_row = (a.width >> shift) + 1, keys = n_rows * per_row;
     const int64_t chunks = larger(1, smaller(a.threads, total / larger(1, keys)));
     Buffer<int64_t> key(total), next(chunks * keys);
-#pragma omp parallel for num_threads(a.threads) schedule(static)
+#pragma omp parallel for num_threads(int(chunks)) schedule(static)
     for (int64_t t = 0; t < chunks; ++t) {
       int64_t* count = &next[t * keys];
       for (int64_t i = 0; i < keys; ++i) count[i] = 0;
@@ -155,7 +155,7 @@ class ByRow {
       }
     }
     start[n_rows] = sum;
-#pragma omp parallel for num_threads(a.threads) schedule(static)
+#pragma omp parallel for num_threads(int(chunks)) schedule(static)
     for (int64_t t = 0; t < chunks; ++t) {
       for (int64_t p = total * t / chunks, end = total * (t + 1) / chunks; p < end; ++p) order[next[t * keys + key[p]]++] = p;
     }
@@ -194,7 +194,7 @@ template <class T, int K, bool Stream> void fwd(const SampleArgs& a) {
 #pragma omp parallel num_threads(a.threads)
   {
     Block<A> block;
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, 8)
     for (int64_t chunk = 0; chunk < (total + kBlock - 1) / kBlock; ++chunk) {
       const int64_t begin = chunk * kBlock;
       const int size = int(smaller(kBlock, total - begin));
