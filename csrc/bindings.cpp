@@ -4,8 +4,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+
 #include "common/isa.h"
 #include "common/launch.h"
+#include "cross_attention/cross_attention.h"
 #include "resize/resize.h"
 #ifdef FOURDPERF_FFI
 #include "common/ffi.h"
@@ -46,6 +49,54 @@ static void resize_binding(address x, address out, int x_dtype, int out_dtype, i
   FOURDPERF_LAUNCH(resize)(args);
 }
 
+#ifndef FOURDPERF_CUDA_MODULE
+using Axes = std::array<int64_t, 4>;
+
+static Strided operand(address data, const Axes& stride) { return {pointer(data), stride[0], stride[1], stride[2], stride[3]}; }
+
+// sizes: B, Q, K, H, D, E
+static CrossAttentionArgs cross_attention_args(address q, const Axes& q_stride, address k, const Axes& k_stride, address v,
+                                               const Axes& v_stride, address padding, const std::array<int64_t, 6>& sizes,
+                                               double scale, int dtype, address out, address lse, address where) {
+  CrossAttentionArgs args{};
+  args.q = operand(q, q_stride);
+  args.k = operand(k, k_stride);
+  args.v = operand(v, v_stride);
+  args.padding = static_cast<const uint8_t*>(pointer(padding));
+  args.batch = sizes[0];
+  args.queries = sizes[1];
+  args.keys = sizes[2];
+  args.heads = sizes[3];
+  args.size = sizes[4];
+  args.value_size = sizes[5];
+  args.scale = scale;
+  args.dtype = DType(dtype);
+  args.out = pointer(out);
+  args.lse = pointer(lse);
+  place(args, where);
+  return args;
+}
+
+static void cross_attention_binding(address q, const Axes& q_stride, address k, const Axes& k_stride, address v,
+                                    const Axes& v_stride, address padding, const std::array<int64_t, 6>& sizes, double scale,
+                                    int dtype, address out, address lse, address where) {
+  cross_attention_cpu(cross_attention_args(q, q_stride, k, k_stride, v, v_stride, padding, sizes, scale, dtype, out, lse, where));
+}
+
+static void cross_attention_backward_binding(address q, const Axes& q_stride, address k, const Axes& k_stride, address v,
+                                             const Axes& v_stride, address padding, const std::array<int64_t, 6>& sizes,
+                                             double scale, int dtype, address out, address lse, address d_out,
+                                             const Axes& d_out_stride, address d_q, address d_k, address d_v, address where) {
+  CrossAttentionArgs args =
+      cross_attention_args(q, q_stride, k, k_stride, v, v_stride, padding, sizes, scale, dtype, out, lse, where);
+  args.d_out = operand(d_out, d_out_stride);
+  args.d_q = pointer(d_q);
+  args.d_k = pointer(d_k);
+  args.d_v = pointer(d_v);
+  cross_attention_backward_cpu(args);
+}
+#endif
+
 #ifdef FOURDPERF_FFI
 std::vector<std::pair<std::string, XLA_FFI_Handler*>>& fourdperf::ffi_targets() {
   static std::vector<std::pair<std::string, XLA_FFI_Handler*>> targets;
@@ -60,6 +111,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("cpu_isa", &cpu_isa_name);
   m.def("cpu_isas", &cpu_isas);
   m.def("set_cpu_isa", &set_cpu_isa);
+  m.def("cross_attention", &cross_attention_binding, nogil());
+  m.def("cross_attention_backward", &cross_attention_backward_binding, nogil());
 #endif
   m.def("resize", &resize_binding, nogil());
   m.def("resize_workspace", [](int64_t n_in, int64_t n_out, int filter, bool antialias, bool adjoint) {

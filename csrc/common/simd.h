@@ -7,6 +7,9 @@
 //   load<A>(const T*, n)         the first n lanes, zeros beyond (reads no byte past them)
 //   store(T*, v), store(T*, v, n)
 //   broadcast<A>(x), reduce_add(v)
+//   maximum(a, b), any(mask)     b where a is not larger (or NaN); whether a comparison holds in some lane
+//   exp2(v)                      2^v to about an ulp; below the normal range 0; NaN stays NaN, from overflow on infinity
+//   exp2_coarse(v)               the same to 14 bits, for what is rounded to bf16 next
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -122,6 +125,80 @@ template <class V> inline auto reduce_add(V v) {
   auto sum = v[0];
   for (int i = 1; i < int(sizeof(v) / sizeof(v[0])); ++i) sum += v[i];
   return sum;
+}
+
+template <class V> inline V maximum(V a, V b) { return a > b ? a : b; }
+
+// Whether a comparison holds in any lane.
+template <class V> inline bool any(V mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#else
+  int64_t word[2];
+  memcpy(word, &mask, sizeof(word));
+  return (word[0] | word[1]) != 0;
+#endif
+}
+
+// ---- 2^x = 2^n p(x - n): floats with n = floor(x), doubles with the nearest n; p(0) = 1
+template <class A, int N> inline vec<A> polynomial(vec<A> f, const A (&c)[N]) {
+  vec<A> p = broadcast<A>(c[N - 1]);
+  for (int i = N - 2; i >= 0; --i) p = p * f + broadcast<A>(c[i]);
+  return p * f + broadcast<A>(A(1));
+}
+
+#if defined(__AVX512F__)
+template <int N> inline vec<float> exp2_by(vec<float> x, const float (&c)[N]) {
+  const vec<float> f = (vec<float>)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF);
+  return (vec<float>)_mm512_scalef_ps((__m512)polynomial(f, c), (__m512)x);
+}
+template <int N> inline vec<double> exp2_by(vec<double> x, const double (&c)[N]) {
+  const __m512d n = _mm512_roundscale_pd((__m512d)x, _MM_FROUND_TO_NEAREST_INT);
+  const __m512d f = _mm512_reduce_pd((__m512d)x, _MM_FROUND_TO_NEAREST_INT);  // of an infinity: 0
+  return (vec<double>)_mm512_scalef_pd((__m512d)polynomial((vec<double>)f, c), n);
+}
+#else
+typedef int32_t vec_i32 __attribute__((vector_size(kVectorBytes)));
+typedef int64_t vec_i64 __attribute__((vector_size(kVectorBytes)));
+
+// Adding `magic` leaves the nearest integer in the low bits. Comparisons are the way round that keeps NaN.
+template <int N> inline vec<float> exp2_by(vec<float> x, const float (&c)[N]) {
+  const vec<float> low = broadcast<float>(-127.f), high = broadcast<float>(128.f), magic = broadcast<float>(0x1.8p23f);
+  x = x < low ? low : x;
+  x = x > high ? high : x;
+  const vec<float> shifted = (x - broadcast<float>(0.5f)) + magic, n = shifted - magic;
+  const vec_i32 power = ((vec_i32)shifted + (127 - 0x4b400000)) << 23;
+  return polynomial(x - n, c) * (vec<float>)power;
+}
+template <int N> inline vec<double> exp2_by(vec<double> x, const double (&c)[N]) {
+  const vec<double> low = broadcast<double>(-1023.), high = broadcast<double>(1024.), magic = broadcast<double>(0x1.8p52);
+  x = x < low ? low : x;
+  x = x > high ? high : x;
+  const vec<double> shifted = x + magic, n = shifted - magic;
+  const vec_i64 power = ((vec_i64)shifted + (1023 - 0x4338000000000000)) << 52;
+  return polynomial(x - n, c) * (vec<double>)power;
+}
+#endif
+
+inline vec<float> exp2(vec<float> x) {
+  constexpr float c[] = {0.693147044442803f,    0.24022930556092917f,   0.055485280572104556f,
+                         0.009675451674029141f, 0.0012467845342075735f, 0.00021612919138890016f};
+  return exp2_by(x, c);
+}
+
+inline vec<float> exp2_coarse(vec<float> x) {
+  constexpr float c[] = {0.6951167931865886f, 0.22764496183962568f, 0.07706706865913618f};
+  return exp2_by(x, c);
+}
+
+inline vec<double> exp2(vec<double> x) {  // ln(2)^k / k!
+  constexpr double c[] = {0.6931471805599453,     0.2402265069591007,     0.055504108664821576,  0.009618129107628477,
+                          0.0013333558146428441,  0.00015403530393381606, 1.5252733804059838e-05, 1.3215486790144305e-06,
+                          1.0178086009239696e-07, 7.054911620801121e-09,  4.44553827187081e-10,   2.5678435993488196e-11,
+                          1.3691488853904124e-12};
+  return exp2_by(x, c);
 }
 
 }  // namespace

@@ -4,8 +4,9 @@ Axes in the docstrings: B batch, T frames, H, W height and width, N tokens or po
 """
 
 from fourdperf.ops.backends import use_backend
+from fourdperf.ops.cross_attention import cross_attention, cross_attention_eager
 from fourdperf.ops.resize import resize, resize_eager
 
-OPS = ("resize",)
+OPS = ("cross_attention", "resize")
 
-__all__ = ["OPS", "resize", "resize_eager", "use_backend"]
+__all__ = ["OPS", "cross_attention", "cross_attention_eager", "resize", "resize_eager", "use_backend"]
