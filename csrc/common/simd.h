@@ -165,7 +165,7 @@ typedef int64_t vec_i64 __attribute__((vector_size(kVectorBytes)));
 
 // Adding `magic` leaves the nearest integer in the low bits. Comparisons are the way round that keeps NaN.
 template <int N> inline vec<float> exp2_by(vec<float> x, const float (&c)[N]) {
-  const vec<float> low = broadcast<float>(-127.f), high = broadcast<float>(128.f), magic = broadcast<float>(0x1.8p23f);
+  const vec<float> low = broadcast<float>(-126.5f), high = broadcast<float>(128.f), magic = broadcast<float>(0x1.8p23f);
   x = x < low ? low : x;
   x = x > high ? high : x;
   const vec<float> shifted = (x - broadcast<float>(0.5f)) + magic, n = shifted - magic;

@@ -170,16 +170,27 @@ template <class M, bool kAdd>
 inline void product(const typename M::Unit* rows, const typename M::Unit* lane, int64_t steps, typename M::A* out) {
   using A = typename M::A;
   constexpr int step = lanes<A>;
-  vec<A> sum[kRows][kVectors] = {};
+  // all loops over registers are unrolled before anything else, or gcc keeps the sums in memory
+  vec<A> sum[kRows][kVectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 3
+    for (int j = 0; j < kVectors; ++j) sum[r][j] = vec<A>{};
+  }
   for (int64_t s = 0; s < steps; ++s) {
     typename M::Units x[kVectors];
-    memcpy(x, lane + s * kLanes<A>, sizeof(x));
+#pragma GCC unroll 3
+    for (int j = 0; j < kVectors; ++j) memcpy(&x[j], lane + s * kLanes<A> + j * step, sizeof(x[j]));
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const auto row = rows[s * kRows + r];
+#pragma GCC unroll 3
       for (int j = 0; j < kVectors; ++j) sum[r][j] = M::madd(sum[r][j], x[j], row);
     }
   }
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 3
     for (int j = 0; j < kVectors; ++j) {
       A* p = out + r * kLanes<A> + j * step;
       store(p, kAdd ? load<A>(p) + sum[r][j] : sum[r][j]);
