@@ -34,6 +34,8 @@ template <class A> struct vec_of;
 template <> struct vec_of<float> { typedef float type __attribute__((vector_size(kVectorBytes))); };
 template <> struct vec_of<double> { typedef double type __attribute__((vector_size(kVectorBytes))); };
 template <class A> using vec = typename vec_of<A>::type;
+typedef int32_t vec_i32 __attribute__((vector_size(kVectorBytes)));
+typedef int64_t vec_i64 __attribute__((vector_size(kVectorBytes)));
 template <class A> constexpr int lanes = kVectorBytes / int(sizeof(A));
 
 template <class A> inline vec<A> broadcast(A x) { return x - vec<A>{}; }
@@ -160,9 +162,6 @@ template <int N> inline vec<double> exp2_by(vec<double> x, const double (&c)[N])
   return (vec<double>)_mm512_scalef_pd((__m512d)polynomial((vec<double>)f, c), n);
 }
 #else
-typedef int32_t vec_i32 __attribute__((vector_size(kVectorBytes)));
-typedef int64_t vec_i64 __attribute__((vector_size(kVectorBytes)));
-
 // Adding `magic` leaves the nearest integer in the low bits. Comparisons are the way round that keeps NaN.
 template <int N> inline vec<float> exp2_by(vec<float> x, const float (&c)[N]) {
   const vec<float> low = broadcast<float>(-126.5f), high = broadcast<float>(128.f), magic = broadcast<float>(0x1.8p23f);
@@ -189,8 +188,11 @@ inline vec<float> exp2(vec<float> x) {
 }
 
 inline vec<float> exp2_coarse(vec<float> x) {
-  constexpr float c[] = {0.6951167931865886f, 0.22764496183962568f, 0.07706706865913618f};
-  return exp2_by(x, c);
+  constexpr float c[] = {0.693282928290234f, 0.2422109693231668f, 0.05500893088168022f};  // minimax on [-1/2, 1/2]
+  const vec<float> low = broadcast<float>(-127.f), magic = broadcast<float>(0x1.8p23f);
+  x = x < low ? low : x;
+  const vec<float> shifted = x + magic, p = polynomial(x - (shifted - magic), c);
+  return (vec<float>)((vec_i32)p + ((vec_i32)shifted << 23));
 }
 
 inline vec<double> exp2(vec<double> x) {  // ln(2)^k / k!

@@ -69,7 +69,7 @@ template <class T> struct Pass {
 #pragma omp parallel for num_threads(a.threads) schedule(static)
     for (int64_t i = 0; i < heads * a.queries; ++i) {
       const int64_t b = i / a.queries / a.heads, h = i / a.queries % a.heads, q = i % a.queries;
-      const T* x = head_of<T>(a.d_out, b, h, nullptr).row(q);
+      const T* x = head_of<T>(a.d_out, b, h, a.queries, nullptr).row(q);
       const T* y = out + ((b * a.queries + q) * a.heads + h) * a.value_size;
       A sum = 0;
       for (int64_t e = 0; e < a.value_size; ++e) sum += to_float(x[e * a.d_out.channel]) * to_float(y[e]);
@@ -98,7 +98,8 @@ template <class T> struct Pass {
         Unit* to = &packed[i / 4 * head_room];
         const int64_t rows = kQueryLanes ? kept.count[b] : a.queries;
         const int64_t* index = kQueryLanes ? kept.of(b, a.keys) : nullptr;
-        const Head<T> x = head_of<T>(kQueryLanes ? a.k : a.q, b, h, index), y = head_of<T>(kQueryLanes ? a.v : a.d_out, b, h, index);
+        const Head<T> x = head_of<T>(kQueryLanes ? a.k : a.q, b, h, rows, index);
+        const Head<T> y = head_of<T>(kQueryLanes ? a.v : a.d_out, b, h, rows, index);
         if (part == 0) pack_tokens<M>(x, rows, a.size, !kQueryLanes && negate, to);
         if (part == 1) pack_tokens<M>(y, rows, a.value_size, false, to + room[0]);
         if (part == 2) pack_channels<M>(x, rows, a.size, to + room[0] + room[1]);
@@ -121,9 +122,9 @@ template <class T> struct Pass {
           const int64_t lane = first + tile * kLanes<A>, count = smaller(width - lane, kLanes<A>);
           Unit* units = lane_units + tile * scratch.tile_units;
           const int64_t* lane_index = kQueryLanes ? nullptr : index;
-          pack_slots<M>(head_of<T>(kQueryLanes ? a.q : a.k, b, h, lane_index), lane, count, a.size, kLanes<A>,
+          pack_slots<M>(head_of<T>(kQueryLanes ? a.q : a.k, b, h, width, lane_index), lane, count, a.size, kLanes<A>,
                         kQueryLanes && negate, units);
-          pack_slots<M>(head_of<T>(kQueryLanes ? a.d_out : a.v, b, h, lane_index), lane, count, a.value_size, kLanes<A>, false,
+          pack_slots<M>(head_of<T>(kQueryLanes ? a.d_out : a.v, b, h, width, lane_index), lane, count, a.value_size, kLanes<A>, false,
                         units + scratch.size_units);
           A* state = sums + tile * scratch.tile_sums;  // lse, delta, then the sums
           memset(state, 0, size_t(scratch.tile_sums) * sizeof(A));

@@ -85,7 +85,7 @@ template <class T> void run(const CrossAttentionArgs& a) {
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < members * 2; ++i) {
       const int64_t b = (begin + i / 2) / a.heads, h = (begin + i / 2) % a.heads;
-      const Head<T> x = head_of<T>(i % 2 ? a.v : a.k, b, h, kept.of(b, a.keys));
+      const Head<T> x = head_of<T>(i % 2 ? a.v : a.k, b, h, kept.count[b], kept.of(b, a.keys));
       if (i % 2) {
         pack_channels<M>(x, kept.count[b], a.value_size, &packed_values[i / 2 * value_room]);
       } else {
@@ -101,7 +101,7 @@ template <class T> void run(const CrossAttentionArgs& a) {
       A* state = &scratch.sums[thread * kTiles * scratch.state];
       for (int64_t t = 0; t < tiles; ++t) {
         const int64_t q = first + t * kLanes<A>;
-        pack_slots<M>(head_of<T>(a.q, b, h, nullptr), q, smaller(a.queries - q, kLanes<A>), a.size, kLanes<A>, a.scale < 0,
+        pack_slots<M>(head_of<T>(a.q, b, h, a.queries, nullptr), q, smaller(a.queries - q, kLanes<A>), a.size, kLanes<A>, a.scale < 0,
                       queries + t * scratch.lane_units);
         A* s = state + t * scratch.state;
         for (int64_t i = 0; i < kLanes<A>; ++i) s[i] = kLowest<A>;

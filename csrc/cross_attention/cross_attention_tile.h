@@ -28,6 +28,7 @@ constexpr int kRows = 4;  // 3 x 4 + 3 + 1 of 16
 #endif
 constexpr int64_t kBlock = 64;  // rows that are scored before they are summed
 constexpr int64_t kTiles = 4;   // tiles of lanes that share a pass over the packed rows
+constexpr int64_t kAhead = 16;  // rows between a prefetch and its use
 
 template <class A> constexpr int64_t kLanes = kVectors * lanes<A>;
 
@@ -87,13 +88,20 @@ template <> struct mode_of<bf16_t> { using type = Dot; };
 // One head of an operand; token t is row index[t] (or t) of the memory.
 template <class T> struct Head {
   const T* data;
-  int64_t token, channel;
+  int64_t token, channel, tokens;
   const int64_t* index;
   const T* row(int64_t t) const { return data + (index ? index[t] : t) * token; }
+  // Rows are often pages apart, where no hardware prefetcher follows.
+  void expect(int64_t t, int64_t channels) const {
+    if (t >= tokens || channel != 1) return;
+    const char* p = reinterpret_cast<const char*>(row(t));
+    for (int64_t at = 0; at < channels * int64_t(sizeof(T)); at += 64) __builtin_prefetch(p + at);
+  }
 };
 
-template <class T> Head<T> head_of(const Strided& x, int64_t b, int64_t h, const int64_t* index) {
-  return {static_cast<const T*>(x.data) + b * x.batch + h * x.head, x.token, x.channel, index};
+// `tokens` of the memory are named by `index`, or are the first ones.
+template <class T> Head<T> head_of(const Strided& x, int64_t b, int64_t h, int64_t tokens, const int64_t* index) {
+  return {static_cast<const T*>(x.data) + b * x.batch + h * x.head, x.token, x.channel, tokens, index};
 }
 
 // ---- packing
@@ -106,6 +114,7 @@ inline void pack_slots(const Head<typename M::Type>& x, int64_t first, int64_t c
   if (count < slots) memset(dst, 0, size_t(steps * slots) * sizeof(*dst));
   for (int64_t r = 0; r < count; ++r) {
     const auto* p = x.row(first + r);
+    x.expect(first + r + kAhead, channels);
     if (x.channel == 1) {
       for (int64_t s = 0; s < whole; ++s) dst[s * slots + r] = M::unit(p + s * M::pair);
     } else {
@@ -140,6 +149,7 @@ inline void pack_channels(const Head<typename M::Type>& x, int64_t tokens, int64
     const int64_t count = smaller(tokens - first, kBlock);
     if (count < kBlock || channels % kRows) memset(dst, 0, size_t(tiles * steps * kRows) * sizeof(*dst));
     for (int64_t t = 0; t < count; t += M::pair) {
+      for (int i = 0; i < M::pair; ++i) x.expect(first + t + i + kAhead, channels);
       const auto *p = x.row(first + t), *q = t + M::pair <= count ? x.row(first + t + M::pair - 1) : nullptr;
       auto* out = dst + t / M::pair * kRows;
       for (int64_t c = 0; c < channels; c += kRows, out += steps * kRows) {
