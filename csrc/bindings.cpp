@@ -57,7 +57,7 @@ static Strided operand(address data, const Axes& stride) { return {pointer(data)
 // sizes: B, Q, K, H, D, E
 static CrossAttentionArgs cross_attention_args(address q, const Axes& q_stride, address k, const Axes& k_stride, address v,
                                                const Axes& v_stride, address padding, const std::array<int64_t, 6>& sizes,
-                                               double scale, int dtype, address out, address lse, address where) {
+                                               double scale, int dtype, address stats, address where) {
   CrossAttentionArgs args{};
   args.q = operand(q, q_stride);
   args.k = operand(k, k_stride);
@@ -71,24 +71,25 @@ static CrossAttentionArgs cross_attention_args(address q, const Axes& q_stride, 
   args.value_size = sizes[5];
   args.scale = scale;
   args.dtype = DType(dtype);
-  args.out = pointer(out);
-  args.lse = pointer(lse);
+  args.stats = pointer(stats);
   place(args, where);
   return args;
 }
 
 static void cross_attention_binding(address q, const Axes& q_stride, address k, const Axes& k_stride, address v,
                                     const Axes& v_stride, address padding, const std::array<int64_t, 6>& sizes, double scale,
-                                    int dtype, address out, address lse, address where) {
-  cross_attention_cpu(cross_attention_args(q, q_stride, k, k_stride, v, v_stride, padding, sizes, scale, dtype, out, lse, where));
+                                    int dtype, address out, address stats, address where) {
+  CrossAttentionArgs args = cross_attention_args(q, q_stride, k, k_stride, v, v_stride, padding, sizes, scale, dtype, stats, where);
+  args.out = pointer(out);
+  cross_attention_cpu(args);
 }
 
 static void cross_attention_backward_binding(address q, const Axes& q_stride, address k, const Axes& k_stride, address v,
                                              const Axes& v_stride, address padding, const std::array<int64_t, 6>& sizes,
-                                             double scale, int dtype, address out, address lse, address d_out,
+                                             double scale, int dtype, address stats, address d_out,
                                              const Axes& d_out_stride, address d_q, address d_k, address d_v, address where) {
   CrossAttentionArgs args =
-      cross_attention_args(q, q_stride, k, k_stride, v, v_stride, padding, sizes, scale, dtype, out, lse, where);
+      cross_attention_args(q, q_stride, k, k_stride, v, v_stride, padding, sizes, scale, dtype, stats, where);
   args.d_out = operand(d_out, d_out_stride);
   args.d_q = pointer(d_q);
   args.d_k = pointer(d_k);

@@ -1,13 +1,14 @@
 // cross_attention: many independent queries against one memory of keys and values.
 //
 // maths     s[i, j] = scale q_i . k_j,  p[i, j] = exp(s[i, j]) / sum_m exp(s[i, m]),  out_i = sum_j p[i, j] v_j,
-//           lse_i = log2 sum_j exp(s[i, j]); j and m run over the keys that are not padding. Without any: out_i = 0.
-//           backward: delta_i = d_out_i . out_i, t[i, j] = p[i, j] (d_out_i . v_j - delta_i),
+//           where j and m run over the keys that are not padding. Without any: out_i = 0.
+//           stats_i = (x, 1 / sum_j 2^(y_j - x)) with y_j = s[i, j] log2(e), x near the largest: p[i, j] again, exactly
+//           backward: delta_i = sum_j p[i, j] d_out_i . v_j, t[i, j] = p[i, j] (d_out_i . v_j - delta_i),
 //           d_q_i = scale sum_j t[i, j] k_j,  d_k_j = scale sum_i t[i, j] q_i,  d_v_j = sum_i p[i, j] d_out_i
 // shapes    q (B, Q, H, D), k (B, K, H, D), v (B, K, H, E), d_out (B, Q, H, E), any strides; padding (B, K) bytes or
-//           null; out (B, Q, H, E), lse (B, H, Q), d_q, d_k, d_v like q, k, v: contiguous
+//           null; out (B, Q, H, E), stats (B, H, 2, Q), d_q, d_k, d_v like q, k, v: contiguous
 // work      see cross_attention_tile.h
-// numerics  sums in float (double for float64); lse is float (double for float64) and in units of bits
+// numerics  sums and stats in float (double for float64); log(sum exp) in one float would cost the backward two digits
 // limits    any sizes; 64-bit addressing
 #pragma once
 #include "common/half.h"
@@ -26,7 +27,8 @@ struct CrossAttentionArgs {
   int64_t batch, queries, keys, heads, size, value_size;  // B, Q, K, H, D, E
   double scale;
   DType dtype;
-  void *out, *lse;        // written by the forward, read by the backward
+  void* out;              // forward
+  void* stats;            // written by the forward, read by the backward
   Strided d_out;          // backward
   void *d_q, *d_k, *d_v;  // backward
   int threads;

@@ -118,10 +118,11 @@ template <class T> void run(const CrossAttentionArgs& a) {
       for (int64_t t = 0; t < tiles; ++t) {
         const int64_t q = first + t * kLanes<A>, count = smaller(a.queries - q, kLanes<A>);
         A *maxima = state + t * scratch.state, *totals = maxima + kLanes<A>;
-        A* lse = static_cast<A*>(a.lse) + (b * a.heads + h) * a.queries + q;
+        A* stats = static_cast<A*>(a.stats) + (b * a.heads + h) * 2 * a.queries + q;
         for (int64_t l = 0; l < count; ++l) {
-          lse[l] = maxima[l] + A(__builtin_log2(double(totals[l])));
           totals[l] = keys ? A(1) / totals[l] : A(0);
+          stats[l] = maxima[l];
+          stats[a.queries + l] = totals[l];
         }
         T* out = static_cast<T*>(a.out) + (b * a.queries * a.heads + h) * a.value_size;
         put_lanes<M>(totals + kLanes<A>, totals, count, a.value_size, out, a.heads * a.value_size, nullptr, q);

@@ -30,6 +30,13 @@ constexpr int64_t kBlock = 64;  // rows that are scored before they are summed
 constexpr int64_t kTiles = 4;   // tiles of lanes that share a pass over the packed rows
 constexpr int64_t kAhead = 16;  // rows between a prefetch and its use
 
+// Steps that are summed in one go: without fma every product is rounded too, and shorter sums make up for it.
+#if defined(__FMA__)
+constexpr int64_t kLongest = 1024;
+#else
+constexpr int64_t kLongest = 16;
+#endif
+
 template <class A> constexpr int64_t kLanes = kVectors * lanes<A>;
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -212,17 +219,26 @@ inline void product(const typename M::Unit* rows, const typename M::Unit* lane, 
 template <class M>
 inline void score(const typename M::Unit* rows, const typename M::Unit* lane, int64_t count, int64_t steps,
                   typename M::A* scores) {
-  for (int64_t r = 0; r < count; r += kRows) product<M, false>(rows + r * steps, lane, steps, scores + r * kLanes<typename M::A>);
+  using A = typename M::A;
+  for (int64_t r = 0; r < count; r += kRows, rows += steps * kRows, scores += kRows * kLanes<A>) {
+    product<M, false>(rows, lane, smaller(steps, kLongest), scores);
+    for (int64_t s = kLongest; s < steps; s += kLongest) {
+      product<M, true>(rows + s * kRows, lane + s * kLanes<A>, smaller(steps - s, kLongest), scores);
+    }
+  }
 }
 
 // sums[c][l] += rows[..][c] weights[..][l] over the `count` tokens of one block of packed channels
 template <class M>
 inline void gather(const typename M::Unit* rows, const typename M::Unit* weights, int64_t count, int64_t channels,
                    typename M::A* sums) {
+  using A = typename M::A;
   constexpr int64_t room = kBlock / M::pair * kRows;
   const int64_t steps = pieces(count, M::pair);
   for (int64_t c = 0; c < channels; c += kRows, rows += room) {
-    product<M, true>(rows, weights, steps, sums + c * kLanes<typename M::A>);
+    for (int64_t s = 0; s < steps; s += kLongest) {
+      product<M, true>(rows + s * kRows, weights + s * kLanes<A>, smaller(steps - s, kLongest), sums + c * kLanes<A>);
+    }
   }
 }
 

@@ -70,7 +70,7 @@ def cross_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, key_pa
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_floating(name, x)
         require(x.ndim == 4, f"{name} must be (batch, tokens, heads, channels), got shape {tuple(x.shape)}")
-    if torch.is_autocast_enabled(q.device.type):
+    if torch.amp.is_autocast_available(q.device.type) and torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
     check_same("k", k, "q", q)
@@ -141,17 +141,17 @@ def _second_order(c_q, c_k, c_v, d_out, q, k, v, mask, scale):
 # ---- schema, fake, autograd, vmap
 
 _SCHEMA = "(Tensor q, Tensor k, Tensor v, Tensor? key_padding_mask, float scale) -> (Tensor, Tensor)"
-_BACKWARD_SCHEMA = ("_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor? key_padding_mask, Tensor out, Tensor lse, "
-                    "float scale) -> (Tensor, Tensor, Tensor)")
+_BACKWARD_SCHEMA = ("_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor? key_padding_mask, Tensor stats, float scale) "
+                    "-> (Tensor, Tensor, Tensor)")
 
 
 def _fake(q, k, v, mask, scale):
     batch, queries, heads, _ = q.shape
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(batch, queries, heads, v.shape[3]), q.new_empty(batch, heads, queries, dtype=dtype)
+    return q.new_empty(batch, queries, heads, v.shape[3]), q.new_empty(batch, heads, 2, queries, dtype=dtype)
 
 
-def _backward_fake(d_out, q, k, v, mask, out, lse, scale):
+def _backward_fake(d_out, q, k, v, mask, stats, scale):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
@@ -169,13 +169,13 @@ def _define(name, forward, backward):
     """The op `name` and its backward on one kernel each."""
 
     def setup_backward(ctx, inputs, output):
-        d_out, q, k, v, mask, _, _, ctx.scale = inputs
+        d_out, q, k, v, mask, _, ctx.scale = inputs
         ctx.save_for_backward(d_out, q, k, v, mask)
 
     def second_order(ctx, c_q, c_k, c_v):
         d_out, q, k, v, mask = ctx.saved_tensors
         grads = _second_order(c_q, c_k, c_v, d_out, q, k, v, mask, ctx.scale)
-        return *grads, None, None, None, None
+        return *grads, None, None, None
 
     def backward_vmap(info, in_dims, *args):
         grads = d_op(*_folded(info.batch_size, args, in_dims))
@@ -183,12 +183,12 @@ def _define(name, forward, backward):
 
     def setup_context(ctx, inputs, output):
         q, k, v, mask, ctx.scale = inputs
-        ctx.save_for_backward(q, k, v, mask, *output)
+        ctx.save_for_backward(q, k, v, mask, output[1])
         ctx.mark_non_differentiable(output[1])
 
     def first_order(ctx, d_out, _):
-        q, k, v, mask, out, lse = ctx.saved_tensors
-        return *d_op(d_out, q, k, v, mask, out, lse, ctx.scale), None, None
+        q, k, v, mask, stats = ctx.saved_tensors
+        return *d_op(d_out, q, k, v, mask, stats, ctx.scale), None, None
 
     def vmap(info, in_dims, *args):
         outputs = op(*_folded(info.batch_size, args, in_dims))
@@ -213,35 +213,35 @@ def _pointers(q, k, v, mask):
 
 def _native(q, k, v, mask, scale):
     library, launch = where(q)
-    out, lse = _fake(q, k, v, mask, scale)
+    out, stats = _fake(q, k, v, mask, scale)
     mask, pointers = _pointers(q, k, v, mask)
-    library.cross_attention(*pointers, scale, DTYPE_CODES[q.dtype], out.data_ptr(), lse.data_ptr(), launch)
-    return out, lse
+    library.cross_attention(*pointers, scale, DTYPE_CODES[q.dtype], out.data_ptr(), stats.data_ptr(), launch)
+    return out, stats
 
 
-def _native_backward(d_out, q, k, v, mask, out, lse, scale):
+def _native_backward(d_out, q, k, v, mask, stats, scale):
     library, launch = where(q)
     d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     mask, pointers = _pointers(q, k, v, mask)
-    out, lse = out.contiguous(), lse.contiguous()
-    library.cross_attention_backward(*pointers, scale, DTYPE_CODES[q.dtype], out.data_ptr(), lse.data_ptr(), d_out.data_ptr(),
-                                     d_out.stride(), d_q.data_ptr(), d_k.data_ptr(), d_v.data_ptr(), launch)
+    stats = stats.contiguous()
+    library.cross_attention_backward(*pointers, scale, DTYPE_CODES[q.dtype], stats.data_ptr(), d_out.data_ptr(), d_out.stride(),
+                                     d_q.data_ptr(), d_k.data_ptr(), d_v.data_ptr(), launch)
     return d_q, d_k, d_v
 
 
 def _triton(q, k, v, mask, scale):
     from fourdperf.kernels.cross_attention import forward
 
-    out, lse = _fake(q, k, v, mask, scale)
-    forward(q, k, v, mask, scale, out, lse)
-    return out, lse
+    out, stats = _fake(q, k, v, mask, scale)
+    forward(q, k, v, mask, scale, out, stats)
+    return out, stats
 
 
-def _triton_backward(d_out, q, k, v, mask, out, lse, scale):
+def _triton_backward(d_out, q, k, v, mask, stats, scale):
     from fourdperf.kernels.cross_attention import backward
 
     grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    backward(d_out, q, k, v, mask, scale, out.contiguous(), lse.contiguous(), *grads)
+    backward(d_out, q, k, v, mask, scale, stats.contiguous(), *grads)
     return grads
 
 
