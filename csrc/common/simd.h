@@ -9,7 +9,7 @@
 //   broadcast<A>(x), reduce_add(v)
 //   maximum(a, b), any(mask)     b where a is not larger (or NaN); whether a comparison holds in some lane
 //   exp2(v)                      2^v to about an ulp; below the normal range 0; NaN stays NaN, from overflow on infinity
-//   exp2_coarse(v)               the same to 14 bits, for what is rounded to bf16 next
+//   exp2_coarse(v)               the same to 13 bits and for v < 128, for what is rounded to bf16 next
 #pragma once
 #include <cstdint>
 #include <cstring>

@@ -2,7 +2,7 @@
 //
 // maths     s[i, j] = scale q_i . k_j,  p[i, j] = exp(s[i, j]) / sum_m exp(s[i, m]),  out_i = sum_j p[i, j] v_j,
 //           where j and m run over the keys that are not padding. Without any: out_i = 0.
-//           stats_i = (x, 1 / sum_j 2^(y_j - x)) with y_j = s[i, j] log2(e), x near the largest: p[i, j] again, exactly
+//           stats_i = (m, 1 / sum_j exp(|scale| (x_j - m))), x_j = s[i, j] / |scale|, m near the largest: they give p[i, j]
 //           backward: delta_i = sum_j p[i, j] d_out_i . v_j, t[i, j] = p[i, j] (d_out_i . v_j - delta_i),
 //           d_q_i = scale sum_j t[i, j] k_j,  d_k_j = scale sum_i t[i, j] q_i,  d_v_j = sum_i p[i, j] d_out_i
 // shapes    q (B, Q, H, D), k (B, K, H, D), v (B, K, H, E), d_out (B, Q, H, E), any strides; padding (B, K) bytes or

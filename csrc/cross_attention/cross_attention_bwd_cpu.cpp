@@ -16,7 +16,7 @@ namespace {
 // What the softmax left behind for one tile of queries, or one block of them.
 template <class A> struct Stats { const A *largest, *factor, *delta; };
 
-// scores become p = 2^(c scores - largest) factor; delta += p deltas. Lanes are queries.
+// scores become p = 2^(c (scores - largest)) factor; delta += p deltas. Lanes are queries.
 template <class M>
 inline void weigh_queries(typename M::A* scores, const typename M::A* deltas, int64_t count, typename M::A c,
                           const typename M::A* largest, const typename M::A* factor, typename M::A* delta) {
@@ -24,9 +24,10 @@ inline void weigh_queries(typename M::A* scores, const typename M::A* deltas, in
   for (int j = 0; j < kVectors; ++j) {
     const int at = j * lanes<A>;
     vec<A> sum = {};
+    const Power<A> power(load<A>(largest + at), c);
     for (int64_t r = 0; r < count; ++r) {
       A* score = scores + r * kLanes<A> + at;
-      const vec<A> p = M::power(load<A>(score) * broadcast<A>(c) - load<A>(largest + at)) * load<A>(factor + at);
+      const vec<A> p = M::power(power.of(load<A>(score))) * load<A>(factor + at);
       store(score, p);
       sum += p * load<A>(deltas + r * kLanes<A> + at);
     }
@@ -63,8 +64,8 @@ inline void weigh_keys(const typename M::A* scores, const typename M::A* deltas,
       vec<A> p[M::pair] = {}, t[M::pair] = {};
       for (int i = 0; i < M::pair && r + i < count; ++i) {
         const int64_t row = (r + i) * kLanes<A> + at;
-        const vec<A> x = load<A>(scores + row) * broadcast<A>(c) - broadcast<A>(stats.largest[r + i]);
-        p[i] = M::power(x) * broadcast<A>(stats.factor[r + i]);
+        const Power<A> power(broadcast<A>(stats.largest[r + i]), c);
+        p[i] = M::power(power.of(load<A>(scores + row))) * broadcast<A>(stats.factor[r + i]);
         t[i] = p[i] * (load<A>(deltas + row) - broadcast<A>(stats.delta[r + i]));
       }
       M::put(weights_p + r / M::pair * kLanes<A> + at, p);

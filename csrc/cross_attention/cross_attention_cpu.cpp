@@ -1,7 +1,7 @@
 // cross_attention on the CPU, forward. The header states maths and shapes, cross_attention_tile.h the packing.
 //
-// maths     online softmax in powers of two: with c = scale log2(e) and m a number not far from the largest score so
-//           far, out = sum_j 2^(c s_j - m) v_j / sum_j 2^(c s_j - m)
+// maths     online softmax in powers of two: with x_j = +-q . k_j, c = |scale| log2(e) and m a number not far from the
+//           largest x_j so far, out = sum_j 2^(c (x_j - m)) v_j / sum_j 2^(c (x_j - m))
 // shapes    lanes are queries, rows are keys (for scores) and channels of the values (for sums)
 // work      a task owns kTiles tiles of kLanes queries of one head and walks over all keys, kBlock at a time
 // numerics  m follows the largest score only when it lags by 8 bits or more, each lane for itself: sums stay below
@@ -12,8 +12,8 @@
 namespace fourdperf::FOURDPERF_ISA {
 namespace {
 
-// Largest float: a stand-in for -infinity that can be subtracted.
-template <class A> constexpr A kLowest = sizeof(A) == 8 ? A(-1.7976931348623157e308) : A(-3.402823466e38f);
+// A stand-in for -infinity that can be multiplied by c and subtracted.
+template <class A> constexpr A kLowest = sizeof(A) == 8 ? A(-1e300) : A(-1e30);
 
 template <class M> struct Scratch {
   using A = typename M::A;
@@ -40,23 +40,23 @@ inline void attend(const typename M::Unit* keys, const typename M::Unit* values,
     const int at = j * step;
     vec<A> largest = load<A>(scores + at);
     for (int64_t r = 1; r < count; ++r) largest = maximum(load<A>(scores + r * kLanes<A> + at), largest);
-    largest *= broadcast<A>(c);
     const vec<A> before = load<A>(maxima + at);
-    const auto lags = largest - before > broadcast<A>(A(8));
+    const auto lags = (largest - before) * broadcast<A>(c) > broadcast<A>(A(8));
     vec<A> m = before;
     if (any(lags)) {
       m = lags ? largest : before;
       store(maxima + at, m);
-      const vec<A> shrink = exp2(before - m);
+      const vec<A> shrink = exp2((before - m) * broadcast<A>(c));
       store(totals + at, load<A>(totals + at) * shrink);
       for (int64_t e = 0; e < channels; ++e) store(sums + e * kLanes<A> + at, load<A>(sums + e * kLanes<A> + at) * shrink);
     }
     vec<A> total = {};
+    const Power<A> power(m, c);
     for (int64_t r = 0; r < count; r += M::pair) {
       vec<A> p[M::pair] = {};
       for (int i = 0; i < M::pair; ++i) {
         if (r + i < count) {
-          p[i] = M::power(load<A>(scores + (r + i) * kLanes<A> + at) * broadcast<A>(c) - m);
+          p[i] = M::power(power.of(load<A>(scores + (r + i) * kLanes<A> + at)));
           total += p[i];
         }
       }

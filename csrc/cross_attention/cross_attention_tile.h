@@ -215,6 +215,21 @@ inline void product(const typename M::Unit* rows, const typename M::Unit* lane, 
   }
 }
 
+// c (x - m), so that what is lost to rounding is small beside the difference, not beside x
+template <class A> struct Power {
+  vec<A> c, shift;
+  Power(vec<A> m, A factor) : c(broadcast<A>(factor)) {
+#if defined(__FMA__)
+    shift = m * c;
+  }
+  vec<A> of(vec<A> x) const { return x * c - shift; }
+#else
+    shift = m;
+  }
+  vec<A> of(vec<A> x) const { return (x - shift) * c; }
+#endif
+};
+
 // scores[r][l] for the first `count` rows (rounded up to kRows) of packed tokens
 template <class M>
 inline void score(const typename M::Unit* rows, const typename M::Unit* lane, int64_t count, int64_t steps,

@@ -17,7 +17,7 @@ GOLDENS = Path(__file__).parents[1] / "goldens" / "d4rt"
 
 # B, Q, K, H, D, E, share of the keys that are padding
 CASES = {
-    "plain": (2, 37, 70, 2, 64, 64, 0),
+    "plain": (2, 37, 70, 2, 56, 56, 0),
     "padding": (3, 21, 90, 2, 16, 16, 0.4),
     "odd": (2, 5, 7, 3, 9, 11, 0.3),
     "one_key": (1, 3, 1, 1, 8, 8, 0),
