@@ -17,6 +17,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+FOLDERS = {"fourdperf.kernels": "kernels", "fourdperf.benchmarks": "benchmarks"}  # package -> folder
 
 
 class CMakeBuild(build_ext):
@@ -62,8 +63,8 @@ def _flag(name):
 
 
 setup(
-    packages=[*find_packages(include=["fourdperf", "fourdperf.*"]), "fourdperf.kernels"],
-    package_dir={"fourdperf.kernels": "kernels"},
+    packages=[*find_packages(include=["fourdperf", "fourdperf.*"]), *FOLDERS],
+    package_dir=FOLDERS,
     package_data={"fourdperf": ["*.json", "*.so", "**/*.safetensors", "**/*.yaml"]},
     ext_modules=[Extension("fourdperf._cpu", [])],
     cmdclass={"build_ext": CMakeBuild},

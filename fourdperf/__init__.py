@@ -11,7 +11,7 @@ Triton nor a GPU.
 from importlib import import_module
 
 __version__ = "0.1.0"
-__all__ = ["cli", "convert", "data", "jax", "kernels", "models", "ops"]
+__all__ = ["benchmarks", "cli", "convert", "data", "jax", "kernels", "models", "ops"]
 
 
 def __getattr__(name):

@@ -79,3 +79,20 @@ def resize_axis(x, out, outer, n_in, n_out, inner, method, antialias, adjoint):
     block = min(1024, triton.next_power_of_2(inner))
     resize_wide_kernel[(triton.cdiv(inner, block), triton.cdiv(rows, ROWS), outer)](
         x, out, first, count, weights, columns, rows, inner, weights.shape[1], ROWS=ROWS, BLOCK=block, ACC=acc)
+
+
+def aot():
+    """(kernel, signature, constexprs, options) of what runs on a GPU, for compilation ahead of time."""
+    tables = {"p_first": "*i32", "p_count": "*i32", "columns": "i64", "rows": "i64", "inner": "i64", "room": "i64"}
+    for dtype, acc in (("fp32", tl.float32), ("bf16", tl.float32), ("fp16", tl.float32), ("fp64", tl.float64)):
+        weights = "*fp64" if dtype == "fp64" else "*fp32"
+        pointers = {"p_x": f"*{dtype}", "p_out": f"*{dtype}", "p_weights": weights}
+        constants = {"ROWS": ROWS, "BLOCK": 1024, "ACC": acc}
+        yield resize_wide_kernel, _signature(resize_wide_kernel, tables | pointers, constants), constants, {"num_warps": 4}
+        constants = {"BLOCK": 256, "ACC": acc}
+        types = tables | pointers | {"elements": "i64"}
+        yield resize_narrow_kernel, _signature(resize_narrow_kernel, types, constants), constants, {"num_warps": 4}
+
+
+def _signature(kernel, types, constants):
+    return {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}

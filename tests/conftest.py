@@ -13,6 +13,11 @@ from fourdperf import native  # noqa: E402
 from tests.harness import TARGETS, Target  # noqa: E402
 
 
+# torch notes on first use which factories obey `with torch.device(...)`: that must not be the patched ones below
+with torch.device("meta"):
+    torch.empty(0)
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
     """Whatever an op allocates starts as NaN, so that an element it forgets to write is seen."""

@@ -1,7 +1,5 @@
 // CUDA launch helpers. Included by *_cuda.cu only.
 #pragma once
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <stdexcept>

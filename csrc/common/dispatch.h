@@ -1,7 +1,6 @@
 // From a DType at run time to a type at compile time: with_dtype(dtype, [&](auto tag) { using T = untag<decltype(tag)>; ... })
 #pragma once
 #include <stdexcept>
-#include <string>
 
 #include "common/half.h"
 
@@ -19,7 +18,7 @@ template <class F> void with_dtype(DType dtype, F&& f) {
     case DType::bf16: return f(Tag<bf16_t>{});
     case DType::f16: return f(Tag<f16_t>{});
   }
-  throw std::invalid_argument("dtype: unknown code " + std::to_string(int(dtype)));
+  throw std::invalid_argument("dtype must be f64, f32, bf16 or f16");
 }
 
 }  // namespace

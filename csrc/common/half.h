@@ -4,6 +4,8 @@
 #include <cstring>
 
 #ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #define FOURDPERF_HOST_DEVICE __host__ __device__ __forceinline__
 #else
 #define FOURDPERF_HOST_DEVICE inline
@@ -38,6 +40,9 @@ FOURDPERF_HOST_DEVICE double to_float(double x) { return x; }
 FOURDPERF_HOST_DEVICE float to_float(bf16_t x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
 
 FOURDPERF_HOST_DEVICE float to_float(f16_t h) {
+#ifdef __CUDA_ARCH__
+  return __half2float(__ushort_as_half(h.bits));
+#endif
   const uint32_t sign = uint32_t(h.bits & 0x8000u) << 16, magnitude = h.bits & 0x7fffu;
   if (magnitude >= 0x7c00u) return bit_cast<float>(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);  // inf, NaN
   // 2^112 moves the exponent bias from 15 to 127; subnormals come out exact because the product is
@@ -50,12 +55,18 @@ template <> FOURDPERF_HOST_DEVICE double from_float<double>(double x) { return x
 
 // Round to nearest, ties to even; NaN stays NaN.
 template <> FOURDPERF_HOST_DEVICE bf16_t from_float<bf16_t>(float x) {
+#ifdef __CUDA_ARCH__
+  return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
+#endif
   const uint32_t u = bit_cast<uint32_t>(x);
   if ((u & 0x7fffffffu) > 0x7f800000u) return {uint16_t(u >> 16 | 0x40u)};
   return {uint16_t((u + 0x7fffu + (u >> 16 & 1u)) >> 16)};
 }
 
 template <> FOURDPERF_HOST_DEVICE f16_t from_float<f16_t>(float x) {
+#ifdef __CUDA_ARCH__
+  return {__half_as_ushort(__float2half_rn(x))};
+#endif
   const uint32_t u = bit_cast<uint32_t>(x), sign = u >> 16 & 0x8000u, magnitude = u & 0x7fffffffu;
   if (magnitude > 0x7f800000u) return {uint16_t(sign | 0x7e00u)};
   if (magnitude >= 0x477ff000u) return {uint16_t(sign | 0x7c00u)};  // from 65520 on: infinity

@@ -6,10 +6,12 @@
 //   load<A>(const T*)            A = float or double, T = A or a 16-bit type
 //   load<A>(const T*, n)         the first n lanes, zeros beyond (reads no byte past them)
 //   store(T*, v), store(T*, v, n)
+//   store_streaming(T*, v)       past the caches: whole vectors at aligned addresses; stream_fence() when done
 //   broadcast<A>(x), reduce_add(v)
 //   maximum(a, b), any(mask)     b where a is not larger (or NaN); whether a comparison holds in some lane
 //   exp2(v)                      2^v to about an ulp; below the normal range 0; NaN stays NaN, from overflow on infinity
 //   exp2_coarse(v)               the same to 13 bits and for v < 128, for what is rounded to bf16 next
+//   transpose(v)                 lanes<float> vectors as rows of a square, in place
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -57,6 +59,11 @@ template <class A> inline vec<float> load(const bf16_t* p) {
 template <class A> inline vec<float> load(const f16_t* p) {
   return (vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
+#if defined(__AVX512BF16__)
+inline void store(bf16_t* p, vec<float> v) {  // (numbers below 2^-126 become zero)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh((__m512)v));
+}
+#else
 inline void store(bf16_t* p, vec<float> v) {
   const __m512i u = (__m512i)v;
   const __m512i lsb = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
@@ -65,6 +72,7 @@ inline void store(bf16_t* p, vec<float> v) {
   r = _mm512_mask_or_epi32(r, nan, _mm512_srli_epi32(u, 16), _mm512_set1_epi32(0x40));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(r));
 }
+#endif
 inline void store(f16_t* p, vec<float> v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
 }
@@ -120,8 +128,109 @@ template <class T, class V> inline void store(T* p, V v, int n) {
 template <> inline vec<float> load<float, float>(const float* p, int n) {
   return (vec<float>)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1u), p);
 }
+template <> inline vec<float> load<float, bf16_t>(const bf16_t* p, int n) {
+  return (vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1u), p)), 16);
+}
+template <> inline vec<float> load<float, f16_t>(const f16_t* p, int n) {
+  return (vec<float>)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1u), p));
+}
 inline void store(float* p, vec<float> v, int n) { _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1u), (__m512)v); }
+#elif defined(__AVX2__)
+inline __m256i first_lanes(int n) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
+template <> inline vec<float> load<float, float>(const float* p, int n) {
+  return (vec<float>)_mm256_maskload_ps(p, first_lanes(n));
+}
+inline void store(float* p, vec<float> v, int n) { _mm256_maskstore_ps(p, first_lanes(n), (__m256)v); }
 #endif
+
+#if defined(__AVX512F__)
+template <class A> inline void stream_vector(A* p, vec<A> v) { _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v); }
+inline void stream_half(void* p, const void* v) {
+  _mm256_stream_si256(static_cast<__m256i*>(p), _mm256_load_si256(static_cast<const __m256i*>(v)));
+}
+#elif defined(__AVX2__)
+template <class A> inline void stream_vector(A* p, vec<A> v) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v); }
+inline void stream_half(void* p, const void* v) {
+  _mm_stream_si128(static_cast<__m128i*>(p), _mm_load_si128(static_cast<const __m128i*>(v)));
+}
+#else
+template <class A> inline void stream_vector(A* p, vec<A> v) { store(p, v); }
+inline void stream_half(void* p, const void* v) { memcpy(p, v, kVectorBytes / 2); }
+#endif
+inline void store_streaming(float* p, vec<float> v) { stream_vector<float>(p, v); }
+inline void store_streaming(double* p, vec<double> v) { stream_vector<double>(p, v); }
+template <class T> inline void store_streaming(T* p, vec<float> v) {
+  alignas(64) T lane[lanes<float>];
+  store(lane, v);
+  stream_half(p, lane);
+}
+inline void stream_fence() {
+#ifdef __SSE2__
+  _mm_sfence();
+#endif
+}
+
+// ---- transposition
+#if defined(__AVX512F__)
+inline void transpose(vec<float> (&v)[16]) {
+  __m512 a[16], b[16];
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_unpacklo_ps((__m512)v[i], (__m512)v[i + 1]);
+    a[i + 1] = _mm512_unpackhi_ps((__m512)v[i], (__m512)v[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {  // b[i + c]: column c of each group of four, for rows i .. i + 3
+    b[i] = _mm512_shuffle_ps(a[i], a[i + 2], 0x44);
+    b[i + 1] = _mm512_shuffle_ps(a[i], a[i + 2], 0xee);
+    b[i + 2] = _mm512_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+    b[i + 3] = _mm512_shuffle_ps(a[i + 1], a[i + 3], 0xee);
+  }
+  for (int c = 0; c < 4; ++c) {
+    const __m512 low = _mm512_shuffle_f32x4(b[c], b[4 + c], 0x88), high = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0x88);
+    const __m512 low2 = _mm512_shuffle_f32x4(b[c], b[4 + c], 0xdd), high2 = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0xdd);
+    v[c] = (vec<float>)_mm512_shuffle_f32x4(low, high, 0x88);
+    v[4 + c] = (vec<float>)_mm512_shuffle_f32x4(low2, high2, 0x88);
+    v[8 + c] = (vec<float>)_mm512_shuffle_f32x4(low, high, 0xdd);
+    v[12 + c] = (vec<float>)_mm512_shuffle_f32x4(low2, high2, 0xdd);
+  }
+}
+#elif defined(__AVX2__)
+inline void transpose(vec<float> (&v)[8]) {
+  __m256 a[8], b[8];
+  for (int i = 0; i < 8; i += 2) {
+    a[i] = _mm256_unpacklo_ps((__m256)v[i], (__m256)v[i + 1]);
+    a[i + 1] = _mm256_unpackhi_ps((__m256)v[i], (__m256)v[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    b[i] = _mm256_shuffle_ps(a[i], a[i + 2], 0x44);
+    b[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xee);
+    b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+    b[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xee);
+  }
+  for (int c = 0; c < 4; ++c) {
+    v[c] = (vec<float>)_mm256_permute2f128_ps(b[c], b[4 + c], 0x20);
+    v[4 + c] = (vec<float>)_mm256_permute2f128_ps(b[c], b[4 + c], 0x31);
+  }
+}
+#else
+inline void transpose(vec<float> (&v)[lanes<float>]) {
+  for (int i = 0; i < lanes<float>; ++i) {
+    for (int j = 0; j < i; ++j) {
+      const float x = v[i][j];
+      v[i][j] = v[j][i];
+      v[j][i] = x;
+    }
+  }
+}
+#endif
+inline void transpose(vec<double> (&v)[lanes<double>]) {
+  for (int i = 0; i < lanes<double>; ++i) {
+    for (int j = 0; j < i; ++j) {
+      const double x = v[i][j];
+      v[i][j] = v[j][i];
+      v[j][i] = x;
+    }
+  }
+}
 
 template <class V> inline auto reduce_add(V v) {
   auto sum = v[0];

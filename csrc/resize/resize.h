@@ -9,7 +9,7 @@
 //           of columns is read once and written once. Columns outside a row's band are never read, so a NaN or
 //           infinity reaches only the outputs whose window covers it.
 // numerics  weights in double, rounded once to the accumulator (float for 16-bit types, else the type itself)
-// limits    any sizes with n_in >= 1 and n_out >= 1; 64-bit addressing
+// limits    1 <= n_in, n_out <= 2^30, any outer and inner; 64-bit addressing
 #pragma once
 #include <cmath>
 

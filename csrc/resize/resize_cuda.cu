@@ -32,7 +32,7 @@ __global__ void resize_weights_kernel(ResizeTable table, const double* totals, d
 
 // x (outer, columns, inner) -> out (outer, rows, inner); inner counted in packs of V
 template <class X, class Y, int V>
-__global__ void __launch_bounds__(kThreads) resize_kernel(const Pack<X, V>* __restrict__ x, Pack<Y, V>* __restrict__ out,
+__global__ void __launch_bounds__(kThreads, 4) resize_kernel(const Pack<X, V>* __restrict__ x, Pack<Y, V>* __restrict__ out,
                                                           const double* __restrict__ bands, const double* __restrict__ weights,
                                                           int64_t outer, int64_t columns, int64_t rows, int64_t inner,
                                                           int64_t room) {

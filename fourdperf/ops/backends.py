@@ -24,11 +24,20 @@ _forced: str | None = os.environ.get("FOURDPERF_BACKEND") or None
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation: `run(*args)`, and `why_not(*args)`, which says in words why it cannot take them, or None."""
+    """One implementation: `run(*args)`, and `why_not(*args)`, which says in words why it cannot take them, or None.
+
+    `device_why_not(*tensors)` is the part of why_not that the device, the installation and the transformation decide.
+    """
 
     name: str
     run: Callable
-    why_not: Callable
+    device_why_not: Callable
+    args_why_not: Callable | None = None
+
+    def why_not(self, *args) -> str | None:
+        tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+        reason = self.device_why_not(*tensors)
+        return reason if reason or self.args_why_not is None else self.args_why_not(*args)
 
 
 @contextlib.contextmanager
@@ -76,8 +85,8 @@ def triton_why_not(*tensors) -> str | None:
     return _transform_why_not() or _triton_missing()
 
 
-def always(*args) -> None:
-    """why_not of the eager backend."""
+def eager_why_not(*tensors) -> None:
+    """Plain torch runs everywhere."""
     return None
 
 
@@ -90,20 +99,26 @@ def _transform_why_not() -> str | None:
     return None
 
 
-# Facts about the process, not about the tensors: torch.compile takes their answers as constants.
+def _constant(function):
+    """Marks a fact about the process: torch.compile takes its answer as a constant.
+
+    What torch.compiler.assume_constant_result does, which however imports the whole of dynamo (a second, and Triton).
+    """
+    function._dynamo_marked_constant = True
+    return function
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _native_missing(device: str) -> str | None:
     return native.library(device)[1]
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _triton_interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _triton_missing() -> str | None:
     return None if find_spec("triton") else "the package triton is not installed"
 
@@ -122,7 +137,7 @@ def define(schema: str, *, fake: Callable, backward: Callable | None = None, set
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     name = schema.split("(")[0]
     for key, implementation in implementations.items():
-        _library.impl(name, implementation, key)
+        _library.impl(name, _on_its_device(implementation) if key == "CUDA" else implementation, key)
     torch.library.register_fake(f"fourdperf::{name}", fake, lib=_library)
     op = getattr(torch.ops.fourdperf, name)
     if vmap is not None:
@@ -141,6 +156,16 @@ def define(schema: str, *, fake: Callable, backward: Callable | None = None, set
         return op(*args)
 
     return call
+
+
+def _on_its_device(implementation):
+    """A launch goes to the current device, which may not be that of the tensors."""
+
+    def run(x, *args):
+        with torch.cuda.device(x.device):
+            return implementation(x, *args)
+
+    return run
 
 
 DTYPE_CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}

@@ -36,9 +36,9 @@ import torch
 from fourdperf.ops.backends import (
     DTYPE_CODES,
     Backend,
-    always,
     choose,
     define,
+    eager_why_not,
     native_why_not,
     triton_why_not,
     where,
@@ -245,20 +245,20 @@ def _triton_backward(d_out, q, k, v, mask, stats, scale):
     return grads
 
 
-def _why_not_native(q, *rest):
+def _native_why_not(q, *rest):
     if q.device.type == "cuda":
-        return "the native kernel runs on cpu; on cuda Triton serves, whose compiler knows the tensor cores of each architecture"
+        return "the native kernel runs on cpu; on cuda Triton serves, whose compiler knows each architecture's tensor cores"
     return native_why_not(q)
 
 
-def _why_not_triton(q, *rest):
-    if max(q.shape[3], rest[1].shape[3]) > 256:
+def _triton_args_why_not(q, k, v, *rest):
+    if max(q.shape[3], v.shape[3]) > 256:
         return "heads of more than 256 channels do not fit its tiles"
-    return triton_why_not(q)
+    return None
 
 
 BACKENDS = (
-    Backend("native", _define("cross_attention", _native, _native_backward), _why_not_native),
-    Backend("triton", _define("cross_attention_triton", _triton, _triton_backward), _why_not_triton),
-    Backend("eager", cross_attention_eager, always),
+    Backend("native", _define("cross_attention", _native, _native_backward), _native_why_not),
+    Backend("triton", _define("cross_attention_triton", _triton, _triton_backward), triton_why_not, _triton_args_why_not),
+    Backend("eager", cross_attention_eager, eager_why_not),
 )

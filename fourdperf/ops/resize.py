@@ -22,7 +22,7 @@ Other conventions:
     F.interpolate(mode="bicubic") is another filter (a = -3/4, clamped borders) and cannot be reached.
 
 Raises ValueError for a dtype that is not floating, an axis that does not exist or comes twice, a negative size, an empty
-axis that is to grow, an unknown method, or a backend that cannot run.
+axis that is to grow, an axis longer than 2^30, an unknown method, or a backend that cannot run.
 
 Source: jax/_src/image/scale.py (semantics); Keys, "Cubic convolution interpolation", 1981.
 """
@@ -35,9 +35,9 @@ import torch
 from fourdperf.ops.backends import (
     DTYPE_CODES,
     Backend,
-    always,
     choose,
     define,
+    eager_why_not,
     native_why_not,
     triton_why_not,
     where,
@@ -45,6 +45,7 @@ from fourdperf.ops.backends import (
 from fourdperf.ops.checks import check_choice, check_floating, require
 
 METHODS = ("nearest", "linear", "cubic", "lanczos3", "lanczos5")
+LONGEST = 2**30  # positions are computed in whole numbers of 64 bits, products of two lengths among them
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -76,6 +77,7 @@ def resize(x: torch.Tensor, sizes: int | Sequence[int], dims: int | Sequence[int
     require(len(set(dims)) == len(dims), f"dims must name each axis once, got {dims}")
     for size, dim in zip(sizes, dims):
         require(size >= 0, f"sizes must be non-negative, got {sizes}")
+        require(size <= LONGEST >= x.shape[dim], f"axes must not be longer than 2^30, got {x.shape[dim]} -> {size}")
         require(x.shape[dim] > 0 or size == 0, f"x must not be empty along axis {dim}, got shape {tuple(x.shape)}")
     changed = [(size, dim) for size, dim in zip(sizes, dims) if x.shape[dim] != size]
     sizes, dims = [size for size, _ in changed], [dim for _, dim in changed]
@@ -202,16 +204,8 @@ def _define(name, resize_axis):
     return op
 
 
-def _why_not_native(x, *rest):
-    return native_why_not(x)
-
-
-def _why_not_triton(x, *rest):
-    return triton_why_not(x)
-
-
 BACKENDS = (
-    Backend("native", _define("resize", _native_axis), _why_not_native),
-    Backend("triton", _define("resize_triton", _triton_axis), _why_not_triton),
-    Backend("eager", resize_eager, always),
+    Backend("native", _define("resize", _native_axis), native_why_not),
+    Backend("triton", _define("resize_triton", _triton_axis), triton_why_not),
+    Backend("eager", resize_eager, eager_why_not),
 )

@@ -204,6 +204,7 @@ def test_use_backend_forces_and_restores():
     (lambda x: resize(x, (4, 4), (1, -2)), "dims must name each axis once"),
     (lambda x: resize(x, (4, 4), 1), "sizes must have one entry per axis"),
     (lambda x: resize(x, -1, 1), "sizes must be non-negative"),
+    (lambda x: resize(x, 2**31, 1), r"axes must not be longer than 2\^30, got 3 -> 2147483648"),
     (lambda x: resize(x[:, :0], 4, 1), "x must not be empty along axis 1"),
     (lambda x: resize(x, 4, 1, method="bicubic"), "method must be one of 'nearest', 'linear', 'cubic'"),
     (lambda x: resize(x, 4, 1, backend="cuda"), "backend must be one of"),

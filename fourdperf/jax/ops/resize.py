@@ -34,6 +34,8 @@ def resize(x: jax.Array, sizes: int | Sequence[int], dims: int | Sequence[int], 
     shape = list(x.shape)
     for size, dim in zip(sizes, dims):
         shape[dim] = size
+    if any(max(size, x.shape[dim]) > 2**30 for size, dim in zip(sizes, dims)):
+        raise ValueError(f"axes must not be longer than 2^30, got {x.shape} -> {tuple(shape)}")
     if 0 in shape:
         return jnp.zeros(shape, x.dtype)
     if choose("resize", ffi_why_not(), backend) == "jnp":

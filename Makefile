@@ -1,0 +1,36 @@
+# `make demo` and `make test` need Python >= 3.10, a C++ compiler, and the network or a local index for pip.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(abspath $(VENV))/bin
+SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -type f)
+# pip < 25.3 takes the versions of the build from the first variable, later ones from the second
+PIP := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: demo test test-all bench sanitize clean
+.DELETE_ON_ERROR:
+
+# The main job: 4DS in PyTorch against JAX on a clip, with tables and pictures. VIDEO=file.mp4 takes your own.
+demo: $(VENV)/.installed
+	$(BIN)/fourdperf demo $(if $(VIDEO),--video "$(VIDEO)") --out demo_out
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest $(ARGS)
+
+test-all: $(VENV)/.installed
+	$(BIN)/python -m pytest -m "heavy or not heavy" $(ARGS)
+
+# OP=resize times one; CSV=benchmarks/results/cpu.csv keeps the rows
+bench: $(VENV)/.installed
+	$(BIN)/fourdperf bench $(if $(OP),--names '["$(OP)"]') $(if $(CSV),--csv $(CSV))
+
+# The ops under AddressSanitizer and UBSan, in a build of their own
+sanitize: $(VENV)/.installed
+	BIN=$(BIN) bash tests/sanitize.sh
+
+$(VENV)/.installed: $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --editable ".[test]"
+	touch $@
+
+clean:
+	rm -rf build dist $(VENV) fourdperf/_c*.so fourdperf/_build_info.json

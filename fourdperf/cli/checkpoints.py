@@ -1,0 +1,46 @@
+"""What several commands share: finding a model, and the devices and number types they offer."""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from fourdperf.convert import scaling4d as converter
+from fourdperf.models.scaling4d import Config, Scaling4D
+
+__all__ = ["Device", "Dtype", "load_scaling4d", "pick_device"]
+
+Dtype = Literal["float32", "bfloat16"]
+Device = Literal["auto", "cpu", "cuda"]
+
+
+def pick_device(device: Device) -> torch.device:
+    """The device of that name; "auto" is a GPU where PyTorch sees one."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch sees no GPU here")
+    return torch.device(device)
+
+
+def load_scaling4d(
+    checkpoint: Path | None, variant: str, seed: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Scaling4D, str]:
+    """A 4DS model in eval mode, and a phrase that says where its weights come from.
+
+    ``checkpoint`` is a folder of ours or a released .npz; without one, an encoder of the size ``variant`` gets random
+    weights from ``seed``.
+
+    Raises:
+        FileNotFoundError: there is nothing at ``checkpoint``.
+        ValueError: the checkpoint cannot be read, or there is no such variant.
+    """
+    if checkpoint is None:
+        torch.manual_seed(seed)
+        model = Scaling4D(Config.from_variant(variant)).to(device=device, dtype=dtype).eval()
+        return model, f"random weights (4DS-{variant}, seed {seed}; --checkpoint takes real ones)"
+    if not checkpoint.exists():
+        raise FileNotFoundError(f"no such checkpoint: {checkpoint}")
+    load = Scaling4D.from_pretrained if checkpoint.is_dir() else converter.load_npz
+    model = load(checkpoint, dtype=dtype, device=device)
+    return model, f"{checkpoint} (4DS-{model.config.variant or 'custom'})"

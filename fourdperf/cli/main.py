@@ -1,0 +1,90 @@
+"""The ``fourdperf`` command.
+
+A sub-command is the function of the same name in ``fourdperf.cli.<name>``; that module is imported only when its
+command runs, so that help is instant and one command's missing dependency harms no other. Options come from the
+function's type hints and docstring, or from YAML (``--config``). The function returns the exit code, None meaning 0.
+"""
+
+import importlib
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+__all__ = ["main"]
+
+COMMANDS = {
+    "info": "what is installed and built, and why a backend is not available",
+    "convert": "a released checkpoint to ours, or back",
+    "compare": "the same weights in PyTorch and JAX: error per layer, time, memory",
+    "features": "a model's features of a video, as arrays and as pictures",
+    "depth": "depth maps of a video, as arrays and as pictures",
+    "demo": "everything on a small model, without any download",
+    "bench": "time ops and models against the best alternatives",
+}
+
+USER_ERROR = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line (``sys.argv`` by default) and returns its exit code: 2 for a wrong use or bad input, which
+    is reported in one line on stderr; ``--debug`` or FOURDPERF_DEBUG=1 shows the traceback instead."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments or os.environ.get("FOURDPERF_DEBUG", "0") not in ("", "0")
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0 if arguments else USER_ERROR
+    name, *options = arguments
+    if name == "--version":
+        from importlib.metadata import version
+
+        print(f"fourdperf {version('fourdperf')}")
+        return 0
+    if name not in COMMANDS:
+        return _fail("fourdperf", f"no command {name!r}; there are {', '.join(COMMANDS)}")
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print(f"fourdperf {name}: warning: {message}", file=sys.stderr)
+        try:
+            return _run(name, options) or 0
+        except BrokenPipeError:
+            # The reader of our output (head, less) has gone; Python would complain once more when it flushes stdout.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        except KeyboardInterrupt:
+            return 130
+        except (ValueError, OSError, ImportError) as error:
+            if debug:
+                raise
+            hint = "; pip install 'fourdperf[demo]' brings what every command needs" * isinstance(error, ImportError)
+            return _fail(f"fourdperf {name}", f"{error}{hint}")
+
+
+def _run(name: str, options: list[str]) -> int | None:
+    from jsonargparse import ArgumentError, auto_cli
+
+    function = getattr(importlib.import_module(f"fourdperf.cli.{name}"), name)
+    if name == "bench":
+        # jsonargparse makes only required parameters positional, and `bench resize` should work as well as `bench`.
+        words = next((i for i, option in enumerate(options) if option.startswith("-")), len(options))
+        options = [f"--names+={word}" for word in options[:words]] + options[words:]
+    try:
+        return auto_cli(function, args=options, prog=f"fourdperf {name}", exit_on_error=False)
+    except ArgumentError as error:
+        return _fail(f"fourdperf {name}", f"{error} (see fourdperf {name} --help)")
+
+
+def _fail(who: str, message: str) -> int:
+    print(f"{who}: error: {' '.join(message.split())}", file=sys.stderr)
+    return USER_ERROR
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name:<{width}}  {what}" for name, what in COMMANDS.items())
+    return (
+        "usage: fourdperf [--version] [--debug] COMMAND ...\n\n"
+        "Compiled kernels, and PyTorch models that agree with their JAX references.\n\n"
+        f"commands:\n{commands}\n\n"
+        "fourdperf COMMAND --help tells its options; --debug shows the traceback of an error."
+    )

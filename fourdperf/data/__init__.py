@@ -1,0 +1,1 @@
+"""Videos, pictures and the demo clip: what goes into a model and what people look at afterwards."""
