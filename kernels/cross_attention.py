@@ -203,7 +203,7 @@ def _tiles(size, value_size, itemsize, backward):
     if itemsize == 2 and not backward:
         bm, bn, warps, stages = (128, 64, 8, 3) if row <= 128 else (128, 64, 8, 2) if row <= 256 else (64, 32, 8, 2)
     elif itemsize == 2:
-        bm, bn, warps, stages = (64, 64, 4, 2) if row <= 128 else (64, 64, 8, 1) if row <= 256 else (32, 32, 8, 1)
+        bm, bn, warps, stages = (64, 64, 4, 2) if row <= 128 else (64, 32, 8, 1) if row <= 256 else (32, 32, 8, 1)
     else:
         bm, bn, warps, stages = (32, 32, 8 if backward else 4, 1) if row <= (256 if backward else 512) else (16, 16, 4, 1)
     return {"BM": bm, "BN": bn, "BD": bd, "BE": be}, {"num_warps": warps, "num_stages": stages}
