@@ -9,6 +9,8 @@
 #include "common/isa.h"
 #include "common/launch.h"
 #include "cross_attention/cross_attention.h"
+#include "fourier_embed/fourier_embed.h"
+#include "gather_patches/gather_patches.h"
 #include "resize/resize.h"
 #ifdef FOURDPERF_FFI
 #include "common/ffi.h"
@@ -48,6 +50,94 @@ static void resize_binding(address x, address out, int x_dtype, int out_dtype, i
   place(args, where);
   FOURDPERF_LAUNCH(resize)(args);
 }
+
+static FourierArgs fourier_args(int dtype, address x, address frequencies, int64_t rows, int64_t dims, int64_t bands,
+                                address where) {
+  FourierArgs args{};
+  args.dtype = DType(dtype);
+  args.x = pointer(x);
+  args.frequencies = pointer(frequencies);
+  args.rows = rows;
+  args.dims = dims;
+  args.bands = bands;
+  place(args, where);
+  return args;
+}
+
+static void fourier_embed_binding(address x, address frequencies, address out, int dtype, int64_t rows, int64_t dims,
+                                  int64_t bands, address where) {
+  FourierArgs args = fourier_args(dtype, x, frequencies, rows, dims, bands, where);
+  args.out = pointer(out);
+  FOURDPERF_LAUNCH(fourier_embed)(args);
+}
+
+static void fourier_embed_backward_binding(address d_out, address x, address frequencies, address d_x, address d_frequencies,
+                                           int dtype, int64_t rows, int64_t dims, int64_t bands, address workspace,
+                                           address where) {
+  FourierArgs args = fourier_args(dtype, x, frequencies, rows, dims, bands, where);
+  args.d_out = pointer(d_out);
+  args.d_x = pointer(d_x);
+  args.d_frequencies = pointer(d_frequencies);
+  args.workspace = static_cast<double*>(pointer(workspace));
+  FOURDPERF_LAUNCH(fourier_embed_backward)(args);
+}
+
+static void fourier_linear_binding(address x, address frequencies, address weight, address bias, address out, int dtype,
+                                   int64_t rows, int64_t dims, int64_t bands, int64_t features, address where) {
+  FourierArgs args = fourier_args(dtype, x, frequencies, rows, dims, bands, where);
+  args.weight = pointer(weight);
+  args.bias = pointer(bias);
+  args.out = pointer(out);
+  args.features = features;
+  FOURDPERF_LAUNCH(fourier_linear)(args);
+}
+
+static PatchArgs patch_args(address video, address t, address points, int dtype, int point_dtype, int64_t batch,
+                            int64_t frames, int64_t height, int64_t width, int64_t channels, int64_t stride_b,
+                            int64_t stride_t, int64_t stride_h, int64_t stride_w, int64_t stride_c, int64_t points_per_batch,
+                            int64_t size, int mode, int coordinates, int border, address where) {
+  PatchArgs args{};
+  args.video = pointer(video);
+  args.t = static_cast<const int64_t*>(pointer(t));
+  args.points = pointer(points);
+  args.dtype = dtype;
+  args.point_dtype = DType(point_dtype);
+  args.batch = batch;
+  args.frames = frames;
+  args.height = height;
+  args.width = width;
+  args.channels = channels;
+  const int64_t strides[5] = {stride_b, stride_t, stride_h, stride_w, stride_c};
+  for (int i = 0; i < 5; ++i) args.strides[i] = strides[i];
+  args.points_per_batch = points_per_batch;
+  args.size = size;
+  args.mode = PatchMode(mode);
+  args.coordinates = Coordinates(coordinates);
+  args.border = PatchBorder(border);
+  place(args, where);
+  return args;
+}
+
+template <class... Rest>
+static void gather_patches_binding(address video, address t, address points, address out, Rest... rest) {
+  PatchArgs args = patch_args(video, t, points, rest...);
+  args.out = pointer(out);
+  FOURDPERF_LAUNCH(gather_patches)(args);
+}
+
+template <class... Rest>
+static void gather_patches_backward_binding(address d_out, address video, address t, address points, address d_video,
+                                            address d_points, Rest... rest) {
+  PatchArgs args = patch_args(video, t, points, rest...);
+  args.d_out = pointer(d_out);
+  args.d_video = pointer(d_video);
+  args.d_points = pointer(d_points);
+  FOURDPERF_LAUNCH(gather_patches_backward)(args);
+}
+
+// dtypes, the video's sizes and strides, points, size, mode, coordinates, border, where
+#define PATCH_TYPES int, int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, \
+                    int64_t, int64_t, int, int, int, address
 
 #ifndef FOURDPERF_CUDA_MODULE
 using Axes = std::array<int64_t, 4>;
@@ -115,6 +205,12 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("cross_attention", &cross_attention_binding, nogil());
   m.def("cross_attention_backward", &cross_attention_backward_binding, nogil());
 #endif
+  m.def("fourier_embed", &fourier_embed_binding, nogil());
+  m.def("fourier_embed_backward", &fourier_embed_backward_binding, nogil());
+  m.def("fourier_linear", &fourier_linear_binding, nogil());
+  m.def("fourier_workspace", &fourier_workspace);
+  m.def("gather_patches", &gather_patches_binding<PATCH_TYPES>, nogil());
+  m.def("gather_patches_backward", &gather_patches_backward_binding<PATCH_TYPES>, nogil());
   m.def("resize", &resize_binding, nogil());
   m.def("resize_workspace", [](int64_t n_in, int64_t n_out, int filter, bool antialias, bool adjoint) {
     return resize_workspace(n_in, n_out, Filter(filter), antialias, adjoint);

@@ -5,8 +5,22 @@ Axes in the docstrings: B batch, T frames, H, W height and width, N tokens or po
 
 from fourdperf.ops.backends import use_backend
 from fourdperf.ops.cross_attention import cross_attention, cross_attention_eager
+from fourdperf.ops.fourier_embed import (
+    fourier_columns,
+    fourier_embed,
+    fourier_embed_eager,
+    fourier_linear,
+    fourier_linear_eager,
+    gaussian,
+    linear_range,
+    octaves,
+)
+from fourdperf.ops.gather_patches import gather_patches, gather_patches_eager
 from fourdperf.ops.resize import resize, resize_eager
 
-OPS = ("cross_attention", "resize")
+OPS = ("cross_attention", "fourier_embed", "gather_patches", "resize")
 
-__all__ = ["OPS", "cross_attention", "cross_attention_eager", "resize", "resize_eager", "use_backend"]
+__all__ = [
+    "OPS", "cross_attention", "cross_attention_eager", "fourier_columns", "fourier_embed", "fourier_embed_eager",
+    "fourier_linear", "fourier_linear_eager", "gather_patches", "gather_patches_eager", "gaussian", "linear_range", "octaves", "resize", "resize_eager", "use_backend",
+]

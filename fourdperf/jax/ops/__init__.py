@@ -1,6 +1,11 @@
 """The ops for JAX, same names and arguments as in fourdperf.ops. Backends: 'ffi' (native kernels), 'jnp'."""
 
 from fourdperf.jax.ops.cross_attention import cross_attention
+from fourdperf.jax.ops.fourier_embed import fourier_columns, fourier_embed, fourier_linear, gaussian, linear_range, octaves
+from fourdperf.jax.ops.gather_patches import gather_patches
 from fourdperf.jax.ops.resize import resize
 
-__all__ = ["cross_attention", "resize"]
+__all__ = [
+    "cross_attention", "fourier_columns", "fourier_embed", "fourier_linear", "gather_patches", "gaussian", "linear_range",
+    "octaves", "resize",
+]
