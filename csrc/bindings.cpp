@@ -8,13 +8,14 @@
 #include <tuple>
 #include <vector>
 
+#include "bilinear_sample/bilinear_sample.h"
 #include "common/isa.h"
 #include "common/launch.h"
+#include "cross_attention/cross_attention.h"
 #include "fourier_embed/fourier_embed.h"
 #include "gather_patches/gather_patches.h"
-#include "bilinear_sample/bilinear_sample.h"
-#include "window_attention/window_attention.h"
 #include "resize/resize.h"
+#include "window_attention/window_attention.h"
 #ifdef FOURDPERF_FFI
 #include "common/ffi.h"
 #endif
@@ -204,96 +205,61 @@ static void bilinear_sample_bwd_bwd_binding(address gg_map, address gg_xy, addre
   FOURDPERF_LAUNCH(bilinear_sample_bwd_bwd)(args);
 }
 
-static FourierArgs fourier_args(int dtype, address x, address frequencies, int64_t rows, int64_t dims, int64_t bands,
-                                address where) {
-  FourierArgs args{};
+#ifndef FOURDPERF_CUDA_MODULE
+
+using Axes = std::array<int64_t, 4>;
+
+static Strided operand(address data, const Axes& stride) { return {pointer(data), stride[0], stride[1], stride[2], stride[3]}; }
+
+// sizes: B, Q, K, H, D, E
+
+static CrossAttentionArgs cross_attention_args(address q, const Axes& q_stride, address k, const Axes& k_stride, address v,
+                                               const Axes& v_stride, address padding, const std::array<int64_t, 6>& sizes,
+                                               double scale, int dtype, address stats, address where) {
+  CrossAttentionArgs args{};
+  args.q = operand(q, q_stride);
+  args.k = operand(k, k_stride);
+  args.v = operand(v, v_stride);
+  args.padding = static_cast<const uint8_t*>(pointer(padding));
+  args.batch = sizes[0];
+  args.queries = sizes[1];
+  args.keys = sizes[2];
+  args.heads = sizes[3];
+  args.size = sizes[4];
+  args.value_size = sizes[5];
+  args.scale = scale;
   args.dtype = DType(dtype);
-  args.x = pointer(x);
-  args.frequencies = pointer(frequencies);
-  args.rows = rows;
-  args.dims = dims;
-  args.bands = bands;
+  args.stats = pointer(stats);
   place(args, where);
   return args;
 }
 
-static void fourier_embed_binding(address x, address frequencies, address out, int dtype, int64_t rows, int64_t dims,
-                                  int64_t bands, address where) {
-  FourierArgs args = fourier_args(dtype, x, frequencies, rows, dims, bands, where);
+static void cross_attention_binding(address q, const Axes& q_stride, address k, const Axes& k_stride, address v,
+                                    const Axes& v_stride, address padding, const std::array<int64_t, 6>& sizes, double scale,
+                                    int dtype, address out, address stats, address where) {
+  CrossAttentionArgs args = cross_attention_args(q, q_stride, k, k_stride, v, v_stride, padding, sizes, scale, dtype, stats, where);
   args.out = pointer(out);
-  FOURDPERF_LAUNCH(fourier_embed)(args);
+  cross_attention_cpu(args);
 }
 
-static void fourier_embed_backward_binding(address d_out, address x, address frequencies, address d_x, address d_frequencies,
-                                           int dtype, int64_t rows, int64_t dims, int64_t bands, address workspace,
-                                           address where) {
-  FourierArgs args = fourier_args(dtype, x, frequencies, rows, dims, bands, where);
-  args.d_out = pointer(d_out);
-  args.d_x = pointer(d_x);
-  args.d_frequencies = pointer(d_frequencies);
-  args.workspace = static_cast<double*>(pointer(workspace));
-  FOURDPERF_LAUNCH(fourier_embed_backward)(args);
+static void cross_attention_backward_binding(address q, const Axes& q_stride, address k, const Axes& k_stride, address v,
+                                             const Axes& v_stride, address padding, const std::array<int64_t, 6>& sizes,
+                                             double scale, int dtype, address stats, address d_out,
+                                             const Axes& d_out_stride, address d_q, address d_k, address d_v, address where) {
+  CrossAttentionArgs args =
+      cross_attention_args(q, q_stride, k, k_stride, v, v_stride, padding, sizes, scale, dtype, stats, where);
+  args.d_out = operand(d_out, d_out_stride);
+  args.d_q = pointer(d_q);
+  args.d_k = pointer(d_k);
+  args.d_v = pointer(d_v);
+  cross_attention_backward_cpu(args);
 }
-
-static void fourier_linear_binding(address x, address frequencies, address weight, address bias, address out, int dtype,
-                                   int64_t rows, int64_t dims, int64_t bands, int64_t features, address where) {
-  FourierArgs args = fourier_args(dtype, x, frequencies, rows, dims, bands, where);
-  args.weight = pointer(weight);
-  args.bias = pointer(bias);
-  args.out = pointer(out);
-  args.features = features;
-  FOURDPERF_LAUNCH(fourier_linear)(args);
-}
-
-static PatchArgs patch_args(address video, address t, address points, int dtype, int point_dtype, int64_t batch,
-                            int64_t frames, int64_t height, int64_t width, int64_t channels, int64_t stride_b,
-                            int64_t stride_t, int64_t stride_h, int64_t stride_w, int64_t stride_c, int64_t points_per_batch,
-                            int64_t size, int mode, int coordinates, int border, address where) {
-  PatchArgs args{};
-  args.video = pointer(video);
-  args.t = static_cast<const int64_t*>(pointer(t));
-  args.points = pointer(points);
-  args.dtype = dtype;
-  args.point_dtype = DType(point_dtype);
-  args.batch = batch;
-  args.frames = frames;
-  args.height = height;
-  args.width = width;
-  args.channels = channels;
-  const int64_t strides[5] = {stride_b, stride_t, stride_h, stride_w, stride_c};
-  for (int i = 0; i < 5; ++i) args.strides[i] = strides[i];
-  args.points_per_batch = points_per_batch;
-  args.size = size;
-  args.mode = PatchMode(mode);
-  args.coordinates = Coordinates(coordinates);
-  args.border = PatchBorder(border);
-  place(args, where);
-  return args;
-}
-
-template <class... Rest>
-static void gather_patches_binding(address video, address t, address points, address out, Rest... rest) {
-  PatchArgs args = patch_args(video, t, points, rest...);
-  args.out = pointer(out);
-  FOURDPERF_LAUNCH(gather_patches)(args);
-}
-
-template <class... Rest>
-static void gather_patches_backward_binding(address d_out, address video, address t, address points, address d_video,
-                                            address d_points, Rest... rest) {
-  PatchArgs args = patch_args(video, t, points, rest...);
-  args.d_out = pointer(d_out);
-  args.d_video = pointer(d_video);
-  args.d_points = pointer(d_points);
-  FOURDPERF_LAUNCH(gather_patches_backward)(args);
-}
-
-// dtypes, the video's sizes and strides, points, size, mode, coordinates, border, where
-#define PATCH_TYPES int, int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, \
-                    int64_t, int64_t, int, int, int, address
+#endif
 
 // Strides arrive as (frame, y, x, head) and (frame, token, head), sizes as (frames, height, width, heads, dim, extra),
+
 // the window as (y, x) and then its dilation.
+
 static WindowAttentionArgs window_attention_args(const std::array<address, 5>& tensors, int dtype, const std::array<int64_t, 6>& sizes,
                                                  const std::array<GridStrides, 3>& strides, const std::array<ExtraStrides, 2>& extra_strides,
                                                  const std::array<int64_t, 4>& window, int border, double scale, address where) {
@@ -319,15 +285,18 @@ static WindowAttentionArgs window_attention_args(const std::array<address, 5>& t
   args.window_x = window[1];
   args.dilation_y = window[2];
   args.dilation_x = window[3];
-  args.border = Border(border);
+  args.border = WindowBorder(border);
   args.scale = scale;
   place(args, where);
   return args;
 }
 
 static GridStrides grid(const std::array<int64_t, 4>& s) { return {s[0], s[1], s[2], s[3]}; }
+
 static ExtraStrides tokens(const std::array<int64_t, 3>& s) { return {s[0], s[1], s[2]}; }
+
 using Grid = std::array<int64_t, 4>;
+
 using Extra = std::array<int64_t, 3>;
 
 static void window_attention_binding(const std::array<address, 5>& tensors, const std::array<address, 2>& outputs, int dtype,
@@ -388,6 +357,10 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("bilinear_sample_fwd", &bilinear_sample_fwd_binding, nogil());
   m.def("bilinear_sample_bwd", &bilinear_sample_bwd_binding, nogil());
   m.def("bilinear_sample_bwd_bwd", &bilinear_sample_bwd_bwd_binding, nogil());
+#ifndef FOURDPERF_CUDA_MODULE
+  m.def("cross_attention", &cross_attention_binding, nogil());
+  m.def("cross_attention_backward", &cross_attention_backward_binding, nogil());
+#endif
   m.def("window_attention", &window_attention_binding, nogil());
   m.def("window_attention_backward", &window_attention_backward_binding, nogil());
 

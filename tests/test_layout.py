@@ -18,7 +18,9 @@ PIECES = (
     "benchmarks/{op}.py",
     "tests/ops/test_{op}.py",
 )
-WAIVED: dict[str, str] = {}
+WAIVED: dict[str, str] = {
+    "csrc/cross_attention/cross_attention_cuda.cu": "tensor cores are left to Triton, which knows each architecture's",
+}
 MODELS = [file.stem for file in (ROOT / "fourdperf/models").glob("*.py") if file.stem not in ("__init__", "layers", "checkpoint")]
 
 

@@ -7,8 +7,9 @@
 //   load<A>(const T*, n)         the first n lanes, zeros beyond (reads no byte past them)
 //   store(T*, v), store(T*, v, n)
 //   store_streaming(T*, v)       past the caches: whole vectors at aligned addresses; stream_fence() when done
-//   broadcast<A>(x), reduce_add(v), max(v, w), reduce_max(v), mask<A> (a vector of 0 and -1: mask ? v : w selects)
-//   exp2(v)                      within 1.5 units in the last place; 0 below 2^-126 (2^-1022), NaN stays NaN
+//   broadcast<A>(x), reduce_add(v), max(v, w), reduce_max(v), mask<A> (a vector of 0 and -1: mask ? v : w selects), any(mask)
+//   exp2(v)                      2^v to about an ulp; below the normal range 0; NaN stays NaN, from overflow on infinity
+//   exp2_coarse(v)               the same to 13 bits and for v < 128, for what is rounded to bf16 next
 //   for_vectors<A>(size, f)
 //   transpose(v)                 lanes<float> vectors as rows of a square, in place
 #pragma once
@@ -299,27 +300,76 @@ template <class V> inline auto reduce_max(V v) {
 inline float reduce_max(vec<float> v) { return _mm512_reduce_max_ps((__m512)v); }
 #endif
 
-// 2^x = 2^n (1 + f P(f)), n = round(x): adding 1.5 2^23 (1.5 2^52) leaves n in the low bits.
-inline vec<float> exp2(vec<float> x) {
-  const vec<float> magic = broadcast<float>(0x1.8p23f), t = x + magic, f = x - (t - magic);
-  vec<float> p = broadcast<float>(1.5453153e-4f) * f + broadcast<float>(1.33908634e-3f);
-  p = p * f + broadcast<float>(9.61808256e-3f);
-  p = p * f + broadcast<float>(5.5503571e-2f);
-  p = p * f + broadcast<float>(2.40226508e-1f);
-  p = p * f + broadcast<float>(6.93147188e-1f);
-  p = p * f + broadcast<float>(1.f);
-  const vec<float> result = p * (vec<float>)(((mask<float>)t - (mask<float>)magic + 127) << 23);
-  return x < broadcast<float>(-126.f) ? vec<float>{} : result;
+// Whether a comparison holds in any lane.
+template <class V> inline bool any(V holds) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)holds, (__m512i)holds) != 0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256((__m256i)holds, (__m256i)holds);
+#else
+  int64_t word[2];
+  memcpy(word, &holds, sizeof(word));
+  return (word[0] | word[1]) != 0;
+#endif
 }
-inline vec<double> exp2(vec<double> x) {
-  constexpr double c[] = {2.5751021339944406e-11, 4.455715822973832e-10, 7.054884988795769e-09, 1.0178057767236438e-07,
-                          1.3215486830018637e-06, 1.5252733839834363e-05, 1.5403530393363278e-04, 1.3333558146408095e-03,
-                          9.618129107628472e-03, 5.5504108664821625e-02, 2.4022650695910072e-01, 6.931471805599453e-01, 1.};
-  const vec<double> magic = broadcast<double>(0x1.8p52), t = x + magic, f = x - (t - magic);
-  vec<double> p = broadcast<double>(c[0]);
-  for (int i = 1; i < 13; ++i) p = p * f + broadcast<double>(c[i]);
-  const vec<double> result = p * (vec<double>)(((mask<double>)t - (mask<double>)magic + 1023) << 52);
-  return x < broadcast<double>(-1022.) ? vec<double>{} : result;
+
+// ---- 2^x = 2^n p(x - n): floats with n = floor(x), doubles with the nearest n; p(0) = 1
+template <class A, int N> inline vec<A> polynomial(vec<A> f, const A (&c)[N]) {
+  vec<A> p = broadcast<A>(c[N - 1]);
+  for (int i = N - 2; i >= 0; --i) p = p * f + broadcast<A>(c[i]);
+  return p * f + broadcast<A>(A(1));
+}
+
+#if defined(__AVX512F__)
+template <int N> inline vec<float> exp2_by(vec<float> x, const float (&c)[N]) {
+  const vec<float> f = (vec<float>)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF);
+  return (vec<float>)_mm512_scalef_ps((__m512)polynomial(f, c), (__m512)x);
+}
+template <int N> inline vec<double> exp2_by(vec<double> x, const double (&c)[N]) {
+  const __m512d n = _mm512_roundscale_pd((__m512d)x, _MM_FROUND_TO_NEAREST_INT);
+  const __m512d f = _mm512_reduce_pd((__m512d)x, _MM_FROUND_TO_NEAREST_INT);  // of an infinity: 0
+  return (vec<double>)_mm512_scalef_pd((__m512d)polynomial((vec<double>)f, c), n);
+}
+#else
+// Adding `magic` leaves the nearest integer in the low bits. Comparisons are the way round that keeps NaN.
+template <int N> inline vec<float> exp2_by(vec<float> x, const float (&c)[N]) {
+  const vec<float> low = broadcast<float>(-126.5f), high = broadcast<float>(128.f), magic = broadcast<float>(0x1.8p23f);
+  x = x < low ? low : x;
+  x = x > high ? high : x;
+  const vec<float> shifted = (x - broadcast<float>(0.5f)) + magic, n = shifted - magic;
+  const mask<float> power = ((mask<float>)shifted + (127 - 0x4b400000)) << 23;
+  return polynomial(x - n, c) * (vec<float>)power;
+}
+template <int N> inline vec<double> exp2_by(vec<double> x, const double (&c)[N]) {
+  const vec<double> low = broadcast<double>(-1023.), high = broadcast<double>(1024.), magic = broadcast<double>(0x1.8p52);
+  x = x < low ? low : x;
+  x = x > high ? high : x;
+  const vec<double> shifted = x + magic, n = shifted - magic;
+  const mask<double> power = ((mask<double>)shifted + (1023 - 0x4338000000000000)) << 52;
+  return polynomial(x - n, c) * (vec<double>)power;
+}
+#endif
+
+inline vec<float> exp2(vec<float> x) {
+  constexpr float c[] = {0.693147044442803f,    0.24022930556092917f,   0.055485280572104556f,
+                         0.009675451674029141f, 0.0012467845342075735f, 0.00021612919138890016f};
+  return exp2_by(x, c);
+}
+
+inline vec<float> exp2_coarse(vec<float> x) {
+  constexpr float c[] = {0.693282928290234f, 0.2422109693231668f, 0.05500893088168022f};  // minimax on [-1/2, 1/2]
+  const vec<float> low = broadcast<float>(-127.f), magic = broadcast<float>(0x1.8p23f);
+  x = x < low ? low : x;
+  const vec<float> shifted = x + magic, p = polynomial(x - (shifted - magic), c);
+  return (vec<float>)((mask<float>)p + ((mask<float>)shifted << 23));
+}
+
+inline vec<double> exp2(vec<double> x) {  // ln(2)^k / k!
+  constexpr double c[] = {0.6931471805599453,     0.2402265069591007,     0.055504108664821576,  0.009618129107628477,
+                          0.0013333558146428441,  0.00015403530393381606, 1.5252733804059838e-05, 1.3215486790144305e-06,
+                          1.0178086009239696e-07, 7.054911620801121e-09,  4.44553827187081e-10,   2.5678435993488196e-11,
+                          1.3691488853904124e-12};
+  return exp2_by(x, c);
 }
 
 }  // namespace

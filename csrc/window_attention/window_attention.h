@@ -2,7 +2,7 @@
 //
 // maths     out[i] = sum_j p[i, j] v[j],  p[i, :] = softmax over j in window(i) of scale q[i].k[j]
 //           window(i) is a rectangle of keys, given axis by axis (WindowAxis), and E extra tokens that every query sees.
-//           With Border::zero, window_y * window_x - |rectangle| more keys take part with score 0 and value 0.
+//           With WindowBorder::zero, window_y * window_x - |rectangle| more keys take part with score 0 and value 0.
 //           lse[i] = log of the softmax's denominator; backward recomputes p = exp(score - lse):
 //           ds = p (d_out.v - d_out.out);  dq = scale sum_j ds k,  dk = scale sum_i ds q,  dv = sum_i p d_out
 // shapes    q, k, v (frames, height, width, heads, dim) with strides, the last axis dense; extra_k, extra_v
@@ -18,7 +18,7 @@
 
 namespace fourdperf {
 
-enum class Border : int { mask = 0, shift = 1, zero = 2 };
+enum class WindowBorder : int { mask = 0, shift = 1, zero = 2 };
 
 struct GridStrides { int64_t frame, y, x, head; };
 struct ExtraStrides { int64_t frame, token, head; };
@@ -33,7 +33,7 @@ struct WindowAttentionArgs {
   GridStrides q_strides, k_strides, v_strides, d_out_strides;
   ExtraStrides extra_k_strides, extra_v_strides;
   int64_t window_y, window_x, dilation_y, dilation_x;
-  Border border;
+  WindowBorder border;
   double scale;
   int threads;      // CPU
   void* workspace;  // CUDA, backward: two values of lse's type a query
@@ -53,8 +53,8 @@ struct WindowAxis {
   int64_t size, window;
   bool shift;
 
-  FOURDPERF_HOST_DEVICE WindowAxis(int64_t size, int64_t window, Border border)
-      : size(size), window(window), shift(border == Border::shift) {}
+  FOURDPERF_HOST_DEVICE WindowAxis(int64_t size, int64_t window, WindowBorder border)
+      : size(size), window(window), shift(border == WindowBorder::shift) {}
 
   FOURDPERF_HOST_DEVICE int64_t first(int64_t q) const {
     int64_t first = q - window / 2;

@@ -157,7 +157,7 @@ template <class A, class T> struct Backward {
         product += inside ? p * load<A>(score + behind) : vec<A>{};
       });
       total[r] = reduce_add(sum);
-      if (a.border == Border::zero) {
+      if (a.border == WindowBorder::zero) {
         total[r] += A(double(a.window_y) * double(a.window_x) - double(rows * span.count)) * exp2(-shift)[0];
       }
       const vec<A> delta = broadcast<A>(reduce_add(product) / total[r]);

@@ -133,7 +133,7 @@ template <class A, class T> struct Forward {
     alignas(64) A largest[16] = {}, sum[16] = {};
     for (int r = 0; r < strip.count; ++r) {
       const int64_t rows = strip.end[r] - strip.first[r];
-      const double zeros = a.border == Border::zero ? double(a.window_y) * double(a.window_x) - double(rows * span.count) : 0.;
+      const double zeros = a.border == WindowBorder::zero ? double(a.window_y) * double(a.window_x) - double(rows * span.count) : 0.;
       const Softmax<A> soft = softmax(plan, s.masks, x - tile.begin, scores + r * plan.scores, rows, zeros);
       largest[r] = soft.largest;
       sum[r] = soft.sum;

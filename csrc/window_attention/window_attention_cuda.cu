@@ -142,7 +142,7 @@ __device__ __forceinline__ bool load_key(const WindowAttentionArgs& a, const Own
 }
 
 template <class A> __device__ A zeros_of(const WindowAttentionArgs& a, const Rectangle& keys) {
-  return a.border == Border::zero ? A(double(a.window_y) * double(a.window_x) - double(keys.count())) : A(0);
+  return a.border == WindowBorder::zero ? A(double(a.window_y) * double(a.window_x) - double(keys.count())) : A(0);
 }
 
 template <class T, int LANES, bool WIDE>

@@ -46,7 +46,7 @@ const char* fill(WindowAttentionArgs& args, const FfiLaunch& launch, ffi::AnyBuf
   args.window_x = window_x;
   args.dilation_y = dilation_y;
   args.dilation_x = dilation_x;
-  args.border = Border(border);
+  args.border = WindowBorder(border);
   args.scale = scale;
   args.threads = launch.threads;
   args.stream = launch.stream;

@@ -4,9 +4,13 @@ Tokens are `(B, N, D)`; attention inputs are `(B, N, H, d)`: heads after tokens,
 LayerNorm's epsilon is 1e-6 and GELU is the tanh form: the Flax defaults that the reference models were trained with.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fourdperf.ops import cross_attention
 
 LAYER_NORM_EPS = 1e-6
 
@@ -70,15 +74,16 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """dense_out(gelu(dense_in(x))) over the last axis."""
+    """dense_out(gelu(dense_in(x))) over the last axis; `approximate` as in F.gelu."""
 
-    def __init__(self, features: int, hidden_size: int):
+    def __init__(self, features: int, hidden_size: int, approximate: str = "tanh"):
         super().__init__()
+        self.approximate = approximate
         self.dense_in = nn.Linear(features, hidden_size)
         self.dense_out = nn.Linear(hidden_size, features)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dense_out(F.gelu(self.dense_in(x), approximate="tanh"))
+        return self.dense_out(F.gelu(self.dense_in(x), approximate=self.approximate))
 
 
 class PreNormBlock(nn.Module):
@@ -101,3 +106,100 @@ class PreNormBlock(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         tokens = tokens + self.attention(self.attention_norm(tokens))
         return tokens + self.mlp(self.mlp_norm(tokens))
+
+
+class Memory(NamedTuple):
+    """What queries attend to, projected once: per layer keys and values `(B, K, H, d)`, and the mask `(B, K)` of padding."""
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    key_padding_mask: Tensor | None
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of tokens `(B, Q, D)` to a memory `(B, K, M)` that `prepare` projects."""
+
+    def __init__(self, features: int, num_heads: int, memory_features: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.query = nn.Linear(features, features)
+        self.key = nn.Linear(memory_features, features)
+        self.value = nn.Linear(memory_features, features)
+        self.out = nn.Linear(features, features)
+
+    def prepare(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values `(B, K, H, d)`."""
+        return self._heads(self.key(memory)), self._heads(self.value(memory))
+
+    def forward(self, tokens: Tensor, keys: Tensor, values: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+        heads = cross_attention(self._heads(self.query(tokens)), keys, values, key_padding_mask=key_padding_mask)
+        return self.out(heads.flatten(-2))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1))
+
+
+class CrossBlock(nn.Module):
+    """x + attention(norm(x), memory), then x + mlp(norm(x)); the memory is normed first where `norm_memory` says so."""
+
+    def __init__(self, features: int, num_heads: int, mlp_size: int, memory_features: int, norm_memory: bool, eps: float,
+                 approximate: str):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(features, eps=eps)
+        self.memory_norm = nn.LayerNorm(memory_features, eps=eps) if norm_memory else nn.Identity()
+        self.attention = CrossAttention(features, num_heads, memory_features)
+        self.mlp_norm = nn.LayerNorm(features, eps=eps)
+        self.mlp = MLP(features, mlp_size, approximate)
+
+    def prepare(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        return self.attention.prepare(self.memory_norm(memory))
+
+    def forward(self, tokens: Tensor, keys: Tensor, values: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+        tokens = tokens + self.attention(self.attention_norm(tokens), keys, values, key_padding_mask)
+        return tokens + self.mlp(self.mlp_norm(tokens))
+
+
+class CrossDecoder(nn.Module):
+    """Independent queries `(B, Q, D)` against one memory `(B, K, M)`: blocks of cross-attention and MLP, then a norm.
+
+        memory = decoder.prepare(features)     once per clip: keys and values of every layer
+        tokens = decoder(queries, memory)      as often as there are queries
+
+    Queries never see each other, so they run in chunks whose activations fit `memory_budget` bytes; a query's result does
+    not depend on its chunk beyond the rounding of the linear layers. Training and inference are the same code. Where
+    `norm_memory`, every block has its own LayerNorm for the memory. `eps` and `approximate` (of GELU) are for checkpoints.
+    """
+
+    def __init__(self, features: int, num_layers: int, num_heads: int, mlp_size: int, memory_features: int | None = None,
+                 *, norm_memory: bool = False, eps: float = LAYER_NORM_EPS, approximate: str = "tanh",
+                 memory_budget: int = 2**28):
+        super().__init__()
+        self.memory_budget = memory_budget
+        self.floats_per_query = 4 * features + mlp_size  # residual, normed, queries, heads; hidden
+        self.blocks = nn.ModuleList(
+            CrossBlock(features, num_heads, mlp_size, memory_features or features, norm_memory, eps, approximate)
+            for _ in range(num_layers)
+        )
+        self.norm = nn.LayerNorm(features, eps=eps)
+
+    def prepare(self, memory: Tensor, key_padding_mask: Tensor | None = None) -> Memory:
+        """Projects the memory for every layer; `key_padding_mask` `(B, K)` is True where a token is padding."""
+        keys, values = zip(*(block.prepare(memory) for block in self.blocks))
+        return Memory(keys, values, key_padding_mask)
+
+    def forward(self, queries: Tensor, memory: Memory, taps: dict[str, Tensor] | None = None) -> Tensor:
+        per_query = queries.shape[0] * self.floats_per_query * queries.element_size()
+        chunk = max(64, self.memory_budget // max(1, per_query) // 64 * 64)
+        parts = [self._chunk(part, memory) for part in queries.split(chunk, dim=1)]
+        if taps is not None:
+            for layer, states in enumerate(zip(*parts)):
+                name = f"decoder/{layer:02d}" if layer < len(self.blocks) else "decoder/norm"
+                taps[name] = torch.cat(states, dim=1)
+        return torch.cat([states[-1] for states in parts], dim=1) if len(parts) > 1 else parts[0][-1]
+
+    def _chunk(self, tokens: Tensor, memory: Memory) -> list[Tensor]:
+        states = []
+        for block, keys, values in zip(self.blocks, memory.keys, memory.values):
+            tokens = block(tokens, keys, values, memory.key_padding_mask)
+            states.append(tokens)
+        return [*states, self.norm(tokens)]

@@ -5,6 +5,7 @@ Axes in the docstrings: B batch, T frames, H, W height and width, N tokens or po
 
 from fourdperf.ops.backends import use_backend
 from fourdperf.ops.bilinear_sample import bilinear_sample, bilinear_sample_eager
+from fourdperf.ops.cross_attention import cross_attention, cross_attention_eager
 from fourdperf.ops.fourier_embed import (
     fourier_columns,
     fourier_embed,
@@ -19,12 +20,14 @@ from fourdperf.ops.gather_patches import gather_patches, gather_patches_eager
 from fourdperf.ops.resize import resize, resize_eager
 from fourdperf.ops.window_attention import window_attention, window_attention_eager
 
-OPS = ("bilinear_sample", "fourier_embed", "gather_patches", "resize", "window_attention")
+OPS = ("bilinear_sample", "cross_attention", "fourier_embed", "gather_patches", "resize", "window_attention")
 
 __all__ = [
     "OPS",
     "bilinear_sample",
     "bilinear_sample_eager",
+    "cross_attention",
+    "cross_attention_eager",
     "fourier_columns",
     "fourier_embed",
     "fourier_embed_eager",

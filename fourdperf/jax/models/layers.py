@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
+from fourdperf.jax.ops import cross_attention
+
 
 def attention(query: Array, key: Array, value: Array) -> Array:
     """softmax(query key^T / sqrt(d)) value on `(B, N, H, d)`, the softmax in fp32."""
@@ -37,11 +39,12 @@ class MLP(nn.Module):
     """dense_out(gelu(dense_in(x))) over the last axis."""
 
     hidden_size: int
+    approximate: bool = True
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         init = nn.initializers.xavier_uniform()
-        hidden = nn.gelu(nn.Dense(self.hidden_size, dtype=x.dtype, kernel_init=init, name="dense_in")(x))
+        hidden = nn.gelu(nn.Dense(self.hidden_size, dtype=x.dtype, kernel_init=init, name="dense_in")(x), self.approximate)
         return nn.Dense(x.shape[-1], dtype=x.dtype, kernel_init=init, name="dense_out")(hidden)
 
 
@@ -63,3 +66,92 @@ class PreNormBlock(nn.Module):
     def __call__(self, tokens: Array) -> Array:
         tokens = tokens + self.attention(self.attention_norm(tokens))
         return tokens + self.mlp(self.mlp_norm(tokens))
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of tokens `(B, Q, D)` to a memory `(B, K, M)` that `prepare` projects."""
+
+    num_heads: int
+    features: int
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        def project():
+            return nn.DenseGeneral((self.num_heads, self.features // self.num_heads), dtype=self.dtype)
+
+        self.query, self.key, self.value = project(), project(), project()
+        self.out = nn.DenseGeneral(self.features, axis=(-2, -1), dtype=self.dtype)
+
+    def prepare(self, memory: Array) -> tuple[Array, Array]:
+        """Keys and values `(B, K, H, d)`."""
+        return self.key(memory), self.value(memory)
+
+    def __call__(self, tokens: Array, keys: Array, values: Array, key_padding_mask: Array | None = None) -> Array:
+        return self.out(cross_attention(self.query(tokens), keys, values, key_padding_mask=key_padding_mask))
+
+
+class CrossBlock(nn.Module):
+    """x + attention(norm(x), memory), then x + mlp(norm(x)); the memory is normed first where `norm_memory` says so."""
+
+    features: int
+    num_heads: int
+    mlp_size: int
+    norm_memory: bool = False
+    eps: float = 1e-6
+    approximate: bool = True
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        self.attention_norm = nn.LayerNorm(self.eps, dtype=self.dtype)
+        if self.norm_memory:
+            self.memory_norm = nn.LayerNorm(self.eps, dtype=self.dtype)
+        self.attention = CrossAttention(self.num_heads, self.features, self.dtype)
+        self.mlp_norm = nn.LayerNorm(self.eps, dtype=self.dtype)
+        self.mlp = MLP(self.mlp_size, self.approximate)
+
+    def prepare(self, memory: Array) -> tuple[Array, Array]:
+        return self.attention.prepare(self.memory_norm(memory) if self.norm_memory else memory)
+
+    def __call__(self, tokens: Array, keys: Array, values: Array, key_padding_mask: Array | None = None) -> Array:
+        tokens = tokens + self.attention(self.attention_norm(tokens), keys, values, key_padding_mask)
+        return tokens + self.mlp(self.mlp_norm(tokens))
+
+
+class CrossDecoder(nn.Module):
+    """Independent queries `(B, Q, D)` against one memory `(B, K, M)`: blocks of cross-attention and MLP, then a norm.
+
+    `prepare` gives keys and values of every layer; `decode` runs queries against them; calling the module does both.
+    """
+
+    features: int
+    num_layers: int
+    num_heads: int
+    mlp_size: int
+    norm_memory: bool = False
+    eps: float = 1e-6
+    approximate: bool = True
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        self.blocks = [CrossBlock(self.features, self.num_heads, self.mlp_size, self.norm_memory, self.eps, self.approximate,
+                                  self.dtype) for _ in range(self.num_layers)]
+        self.norm = nn.LayerNorm(self.eps, dtype=self.dtype)
+
+    def prepare(self, memory: Array) -> list[tuple[Array, Array]]:
+        return [block.prepare(memory) for block in self.blocks]
+
+    def decode(self, queries: Array, memory: list[tuple[Array, Array]], key_padding_mask: Array | None = None,
+               taps: dict[str, Array] | None = None) -> Array:
+        tokens = queries
+        for layer, (block, (keys, values)) in enumerate(zip(self.blocks, memory)):
+            tokens = block(tokens, keys, values, key_padding_mask)
+            if taps is not None:
+                taps[f"decoder/{layer:02d}"] = tokens
+        tokens = self.norm(tokens)
+        if taps is not None:
+            taps["decoder/norm"] = tokens
+        return tokens
+
+    def __call__(self, queries: Array, memory: Array, key_padding_mask: Array | None = None,
+                 taps: dict[str, Array] | None = None) -> Array:
+        return self.decode(queries, self.prepare(memory), key_padding_mask, taps)

@@ -1,6 +1,7 @@
 """The ops for JAX, same names and arguments as in fourdperf.ops. Backends: 'ffi' (native kernels), 'jnp'."""
 
 from fourdperf.jax.ops.bilinear_sample import bilinear_sample
+from fourdperf.jax.ops.cross_attention import cross_attention
 from fourdperf.jax.ops.fourier_embed import (
     fourier_columns,
     fourier_embed,
@@ -15,6 +16,7 @@ from fourdperf.jax.ops.window_attention import window_attention
 
 __all__ = [
     "bilinear_sample",
+    "cross_attention",
     "fourier_columns",
     "fourier_embed",
     "fourier_linear",
