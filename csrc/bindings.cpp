@@ -4,10 +4,15 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+#include <tuple>
+#include <vector>
+
 #include "common/isa.h"
 #include "common/launch.h"
 #include "fourier_embed/fourier_embed.h"
 #include "gather_patches/gather_patches.h"
+#include "bilinear_sample/bilinear_sample.h"
 #include "resize/resize.h"
 #ifdef FOURDPERF_FFI
 #include "common/ffi.h"
@@ -136,6 +141,68 @@ static void gather_patches_backward_binding(address d_out, address video, addres
 #define PATCH_TYPES int, int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, \
                     int64_t, int64_t, int, int, int, address
 
+// strides: along the batch, of map, xy, d_out, gg_map, gg_xy; sizes: batch, height, width, channels, points
+using SampleStrides = std::vector<int64_t>;
+using SampleSizes = std::array<int64_t, 5>;
+using SampleCodes = std::tuple<int, bool, bool, int>;  // mode, is_signed, align_corners, border
+
+static SampleArgs sample_args(address map, address xy, const SampleStrides& strides, int dtype, const SampleSizes& sizes,
+                              const SampleCodes& rule, address where) {
+  SampleArgs args{};
+  args.map = pointer(map);
+  args.xy = pointer(xy);
+  args.map_stride = strides.at(0);
+  args.xy_stride = strides.at(1);
+  args.dtype = DType(dtype);
+  args.batch = sizes[0];
+  args.height = sizes[1];
+  args.width = sizes[2];
+  args.channels = sizes[3];
+  args.points = sizes[4];
+  args.rule = {Sampling(std::get<0>(rule)), std::get<1>(rule), std::get<2>(rule), Border(std::get<3>(rule))};
+  place(args, where);
+  return args;
+}
+
+static void bilinear_sample_fwd_binding(address map, address xy, address out, const SampleStrides& strides, int dtype,
+                                        const SampleSizes& sizes, const SampleCodes& rule, address where) {
+  SampleArgs args = sample_args(map, xy, strides, dtype, sizes, rule, where);
+  args.out = pointer(out);
+  FOURDPERF_LAUNCH(bilinear_sample_fwd)(args);
+}
+
+static void bilinear_sample_bwd_binding(address d_out, address map, address xy, address d_map, address d_xy, address order,
+                                        address starts, const SampleStrides& strides, int dtype, const SampleSizes& sizes,
+                                        const SampleCodes& rule, address where) {
+  SampleArgs args = sample_args(map, xy, strides, dtype, sizes, rule, where);
+  args.d_out = pointer(d_out);
+  args.d_out_stride = strides.at(2);
+  args.d_map = pointer(d_map);
+  args.d_xy = pointer(d_xy);
+  args.order = static_cast<const int64_t*>(pointer(order));
+  args.starts = static_cast<const int64_t*>(pointer(starts));
+  FOURDPERF_LAUNCH(bilinear_sample_bwd)(args);
+}
+
+static void bilinear_sample_bwd_bwd_binding(address gg_map, address gg_xy, address d_out, address map, address xy,
+                                            address d_d_out, address d_map, address d_xy, address order, address starts,
+                                            const SampleStrides& strides, int dtype, const SampleSizes& sizes,
+                                            const SampleCodes& rule, address where) {
+  SampleArgs args = sample_args(map, xy, strides, dtype, sizes, rule, where);
+  args.gg_map = pointer(gg_map);
+  args.gg_xy = pointer(gg_xy);
+  args.gg_map_stride = strides.at(3);
+  args.gg_xy_stride = strides.at(4);
+  args.d_out = pointer(d_out);
+  args.d_out_stride = strides.at(2);
+  args.d_d_out = pointer(d_d_out);
+  args.d_map = pointer(d_map);
+  args.d_xy = pointer(d_xy);
+  args.order = static_cast<const int64_t*>(pointer(order));
+  args.starts = static_cast<const int64_t*>(pointer(starts));
+  FOURDPERF_LAUNCH(bilinear_sample_bwd_bwd)(args);
+}
+
 #ifdef FOURDPERF_FFI
 std::vector<std::pair<std::string, XLA_FFI_Handler*>>& fourdperf::ffi_targets() {
   static std::vector<std::pair<std::string, XLA_FFI_Handler*>> targets;
@@ -161,6 +228,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("resize_workspace", [](int64_t n_in, int64_t n_out, int filter, bool antialias, bool adjoint) {
     return resize_workspace(n_in, n_out, Filter(filter), antialias, adjoint);
   });
+  m.def("bilinear_sample_fwd", &bilinear_sample_fwd_binding, nogil());
+  m.def("bilinear_sample_bwd", &bilinear_sample_bwd_binding, nogil());
+  m.def("bilinear_sample_bwd_bwd", &bilinear_sample_bwd_bwd_binding, nogil());
 
 #ifdef FOURDPERF_FFI
   py::dict targets;

@@ -7,7 +7,7 @@
 //   load<A>(const T*, n)         the first n lanes, zeros beyond (reads no byte past them)
 //   store(T*, v), store(T*, v, n)
 //   store_streaming(T*, v)       past the caches: whole vectors at aligned addresses; stream_fence() when done
-//   broadcast<A>(x), reduce_add(v)
+//   broadcast<A>(x), reduce_add(v), for_vectors<A>(size, f)
 //   transpose(v)                 lanes<float> vectors as rows of a square, in place
 #pragma once
 #include <cstdint>
@@ -107,17 +107,30 @@ inline void store(bf16_t* p, vec<float> v) { narrow(p, v); }
 inline void store(f16_t* p, vec<float> v) { narrow(p, v); }
 #endif
 
-// ---- the first n lanes, n in [0, lanes]
+// ---- the first n lanes, n in [0, lanes]; with Full as n, all of them
+struct Full {};
+
+template <int Most, class T> inline void copy_few(T* to, const T* from, int n) {  // n < Most, in powers of two
+  if constexpr (Most > 1) {
+    if (n & Most / 2) {
+      memcpy(to, from, Most / 2 * sizeof(T));
+      to += Most / 2, from += Most / 2;
+    }
+    copy_few<Most / 2>(to, from, n);
+  }
+}
 template <class A, class T> inline vec<A> load(const T* p, int n) {
+  if (n == lanes<A>) return load<A>(p);
   alignas(64) T lane[lanes<A>];
   memset(lane, 0, sizeof(lane));
-  memcpy(lane, p, size_t(n) * sizeof(T));
+  copy_few<lanes<A>>(lane, p, n);
   return load<A>(lane);
 }
 template <class T, class V> inline void store(T* p, V v, int n) {
+  if (n == lanes<acc_t<T>>) return store(p, v);
   alignas(64) T lane[lanes<acc_t<T>>];
   store(lane, v);
-  memcpy(p, lane, size_t(n) * sizeof(T));
+  copy_few<lanes<acc_t<T>>>(p, lane, n);
 }
 #if defined(__AVX512F__)
 template <> inline vec<float> load<float, float>(const float* p, int n) {
@@ -130,6 +143,10 @@ template <> inline vec<float> load<float, f16_t>(const f16_t* p, int n) {
   return (vec<float>)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1u), p));
 }
 inline void store(float* p, vec<float> v, int n) { _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1u), (__m512)v); }
+template <> inline vec<double> load<double, double>(const double* p, int n) {
+  return (vec<double>)_mm512_maskz_loadu_pd(__mmask8((1u << n) - 1u), p);
+}
+inline void store(double* p, vec<double> v, int n) { _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1u), (__m512d)v); }
 #elif defined(__AVX2__)
 inline __m256i first_lanes(int n) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
 template <> inline vec<float> load<float, float>(const float* p, int n) {
@@ -137,6 +154,16 @@ template <> inline vec<float> load<float, float>(const float* p, int n) {
 }
 inline void store(float* p, vec<float> v, int n) { _mm256_maskstore_ps(p, first_lanes(n), (__m256)v); }
 #endif
+
+template <class A, class T> inline vec<A> load(const T* p, Full) { return load<A>(p); }
+template <class T, class V> inline void store(T* p, V v, Full) { store(p, v); }
+
+// f(i, n) over [0, size) in steps of one vector of A: n is Full, and an int below lanes<A> for what is left at the end.
+template <class A, class F> inline void for_vectors(int64_t size, F&& f) {
+  int64_t i = 0;
+  for (; i + lanes<A> <= size; i += lanes<A>) f(i, Full{});
+  if (i < size) f(i, int(size - i));
+}
 
 #if defined(__AVX512F__)
 template <class A> inline void stream_vector(A* p, vec<A> v) { _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v); }
@@ -227,9 +254,25 @@ inline void transpose(vec<double> (&v)[lanes<double>]) {
   }
 }
 
-template <class V> inline auto reduce_add(V v) {
-  auto sum = v[0];
-  for (int i = 1; i < int(sizeof(v) / sizeof(v[0])); ++i) sum += v[i];
+inline float reduce_add(vec<float> v) {
+#if defined(__AVX512F__)
+  const __m256 h = _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+#elif defined(__AVX2__)
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+#elif defined(__SSE2__)
+  __m128 s = (__m128)v;
+#else
+  return (v[0] + v[2]) + (v[1] + v[3]);
+#endif
+#ifdef __SSE2__
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+#endif
+}
+inline double reduce_add(vec<double> v) {
+  double sum = v[0];
+  for (int i = 1; i < lanes<double>; ++i) sum += v[i];
   return sum;
 }
 

@@ -4,6 +4,7 @@ Axes in the docstrings: B batch, T frames, H, W height and width, N tokens or po
 """
 
 from fourdperf.ops.backends import use_backend
+from fourdperf.ops.bilinear_sample import bilinear_sample, bilinear_sample_eager
 from fourdperf.ops.fourier_embed import (
     fourier_columns,
     fourier_embed,
@@ -17,9 +18,23 @@ from fourdperf.ops.fourier_embed import (
 from fourdperf.ops.gather_patches import gather_patches, gather_patches_eager
 from fourdperf.ops.resize import resize, resize_eager
 
-OPS = ("fourier_embed", "gather_patches", "resize")
+OPS = ("bilinear_sample", "fourier_embed", "gather_patches", "resize")
 
 __all__ = [
-    "OPS", "fourier_columns", "fourier_embed", "fourier_embed_eager", "fourier_linear", "fourier_linear_eager", "gather_patches",
-    "gather_patches_eager", "gaussian", "linear_range", "octaves", "resize", "resize_eager", "use_backend",
+    "OPS",
+    "bilinear_sample",
+    "bilinear_sample_eager",
+    "fourier_columns",
+    "fourier_embed",
+    "fourier_embed_eager",
+    "fourier_linear",
+    "fourier_linear_eager",
+    "gather_patches",
+    "gather_patches_eager",
+    "gaussian",
+    "linear_range",
+    "octaves",
+    "resize",
+    "resize_eager",
+    "use_backend",
 ]

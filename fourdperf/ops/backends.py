@@ -161,9 +161,9 @@ def define(schema: str, *, fake: Callable, backward: Callable | None = None, set
 def _on_its_device(implementation):
     """A launch goes to the current device, which may not be that of the tensors."""
 
-    def run(x, *args):
-        with torch.cuda.device(x.device):
-            return implementation(x, *args)
+    def run(*args):
+        with torch.cuda.device(next(arg.device for arg in args if isinstance(arg, torch.Tensor))):
+            return implementation(*args)
 
     return run
 
