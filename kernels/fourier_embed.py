@@ -27,6 +27,9 @@ TWO_OVER_PI = (
 )
 
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the interpreter multiplies bf16 as if it were integers
+
+
 @triton.jit
 def _far(p, p_table):
     """r and the quadrant of |p| >= 2^-10 by Payne and Hanek: see csrc/common/sincos.h."""
@@ -192,8 +195,7 @@ def linear(x, frequencies, weight, bias, out):
     tile = {"ROWS": 64, "COLUMNS": 64 if features > 32 else 32, "DEPTH": 16}
     linear_kernel[(triton.cdiv(rows, tile["ROWS"]), triton.cdiv(features, tile["COLUMNS"]))](
         x, frequencies, _table(x.device), weight, weight if bias is None else bias, out, rows, dims, bands, features,
-        BIAS=bias is not None, WIDEN=weight.dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1",  # no bf16 dot
-        ACC=_acc(frequencies), **tile)
+        BIAS=bias is not None, WIDEN=weight.dtype == torch.bfloat16 and INTERPRETED, ACC=_acc(frequencies), **tile)
 
 
 def aot():
@@ -203,8 +205,8 @@ def aot():
         yield (embed_kernel, {**pointers, "p_out": f"*{dtype}", "angles": "i64", "dims": "i32", "bands": "i32",
                               "BLOCK": "constexpr", "ACC": "constexpr"}, {"BLOCK": 512, "ACC": tl.float32}, {})
         for bands in (16, 64):
-            yield (backward_kernel, {"p_d_out": f"*{dtype}", **pointers, "p_d_x": "*fp32", "p_d_f": "*fp32", "coordinates": "i64",
-                                     "dims": "i32", "bands": "i32", "CHUNK": "constexpr", "ROWS": "constexpr",
+            yield (backward_kernel, {"p_d_out": f"*{dtype}", **pointers, "p_d_x": "*fp32", "p_d_f": "*fp32",
+                                     "coordinates": "i64", "dims": "i32", "bands": "i32", "CHUNK": "constexpr", "ROWS": "constexpr",
                                      "BANDS": "constexpr", "ACC": "constexpr"},
                    {"CHUNK": 1024, "ROWS": 1024 // bands, "BANDS": bands, "ACC": tl.float32}, {})
         yield (linear_kernel, {**pointers, "p_x": "*fp32", "p_weight": f"*{dtype}", "p_bias": f"*{dtype}", "p_out": f"*{dtype}",

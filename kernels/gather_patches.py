@@ -1,6 +1,7 @@
 """gather_patches in Triton.
 
-maths     bilinear (or whole-pixel) samples of a video on a small grid around each point   (see csrc/gather_patches/gather_patches.h)
+maths     bilinear (or whole-pixel) samples of a video on a small grid around each point
+          (see csrc/gather_patches/gather_patches.h)
 shapes    video (B, T, H, W, C) with any strides, t (B, N) int64, points (B, N, 2), out (B, N, size, size, C) contiguous
 work      forward and the video's gradient: one program = BLOCK elements of the patches; d_points: one program = one point
 numerics  positions in the type of the points; sums in float32 (float64 for a float64 video), one rounding at the store. The
@@ -175,11 +176,11 @@ def aot():
         constexprs = {"MODE": mode, "COORDINATES": 0, "SHIFT": True, "BLOCK": 256, "ACC": tl.float32}
         names = dict.fromkeys(constexprs, "constexpr")
         where = {"p_t": "*i64", "p_points": "*fp32"}
-        yield (gather_kernel, {"p_video": f"*{dtype}", **where, "p_out": f"*{dtype}", "elements": "i64", **sizes, **strides, **names},
-               constexprs, {})
+        yield (gather_kernel, {"p_video": f"*{dtype}", **where, "p_out": f"*{dtype}", "elements": "i64", **sizes, **strides,
+                               **names}, constexprs, {})
         if dtype != "u8":
-            yield (video_backward_kernel, {"p_d_out": f"*{dtype}", **where, "p_d_video": "*fp32", "elements": "i64", **sizes, **names},
-                   constexprs, {})
+            yield (video_backward_kernel, {"p_d_out": f"*{dtype}", **where, "p_d_video": "*fp32", "elements": "i64",
+                                           **sizes, **names}, constexprs, {})
         if mode == 2:
             points = {k: v for k, v in constexprs.items() if k != "MODE"}
             yield (points_backward_kernel, {"p_d_out": f"*{dtype}", "p_video": f"*{dtype}", **where, "p_d_points": "*fp32",

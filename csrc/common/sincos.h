@@ -181,7 +181,8 @@ template <class A> FOURDPERF_HOST_DEVICE void sincos_product(A x, A f, A& sine, 
 
 #ifndef __CUDACC__
 // Lanes beyond the limit, reduced one by one. Through memory and out of line, so that the fast path keeps its registers.
-template <class A> __attribute__((noinline, cold)) void reduce_lanes(const A* x, const A* f, A* r, typename bits_of<A>::type* quadrant) {
+template <class A>
+__attribute__((noinline, cold)) void reduce_lanes(const A* x, const A* f, A* r, typename bits_of<A>::type* quadrant) {
   for (int i = 0; i < lanes<A>; ++i) {
     if (fabs(x[i] * f[i]) <= Trig<A>::limit) continue;
     uint64_t q;

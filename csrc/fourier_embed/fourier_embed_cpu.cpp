@@ -1,7 +1,8 @@
 // fourier_embed and its gradients on the CPU. The header states maths and shapes; fourier_linear_cpu.cpp has the linear layer.
 //
 // work      a task is a block of rows whose angles (about kAngles of them) lie side by side in a buffer of the first-level
-//           cache, so that vectors are full whatever D and F are: spread x, sines and cosines, then copy rows out.
+//           cache, so that vectors are full whatever D and F are: spread x, sines and cosines, then copy rows out
+//           (a large output bypasses the caches).
 //           Backward reads the incoming gradient once and computes the angles again: that costs less than reading them.
 // numerics  as in the header; one rounding at the store
 // limits    none; scratch is O(kAngles + D F) a thread
@@ -13,21 +14,34 @@
 namespace fourdperf::FOURDPERF_ISA {
 namespace {
 
-template <class X> void embed(const FourierArgs& a) {
+constexpr int64_t kStream = 1 << 24;  // a float output of 16 MB or more would only push other data out of the caches
+constexpr int64_t kAligned = 16;      // rows whose output is a multiple of 64 bytes
+
+template <bool stream, class X> void embed(const FourierArgs& a) {
   using A = acc_t<X>;
-  Angles<A> angles(a);
-  const int64_t width = 2 * angles.per_row;
+  constexpr int64_t step = lanes<A>;
+  Angles<A> angles(a, kAligned);
+  const int64_t width = 2 * angles.per_row, room = stream ? angles.rows * width : 0;
   Buffer<A> scratch(a.threads * angles.scratch());
+  Buffer<X> staged(a.threads * room);
   const int64_t blocks = (a.rows + angles.rows - 1) / angles.rows;
 #pragma omp parallel num_threads(a.threads)
   {
     const Block<A> block(angles, &scratch[omp_get_thread_num() * angles.scratch()]);
+    X* mine = &staged[omp_get_thread_num() * room];
 #pragma omp for schedule(static)
     for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t row = b * angles.rows, rows = smaller(a.rows - row, angles.rows);
+      const int64_t row = b * angles.rows, rows = smaller(a.rows - row, angles.rows), count = rows * width;
+      X* out = static_cast<X*>(a.out) + row * width;
       block.compute(static_cast<const X*>(a.x) + row * a.dims, rows);
-      block.write(static_cast<X*>(a.out) + row * width, rows);
+      block.write(stream ? mine : out, rows);
+      if constexpr (stream) {
+        int64_t i = 0;
+        for (; i + step <= count; i += step) store_streaming(out + i, load<A>(mine + i));
+        if (i < count) memcpy(out + i, mine + i, size_t(count - i) * sizeof(X));
+      }
     }
+    if (stream) stream_fence();
   }
 }
 
@@ -94,7 +108,15 @@ template <class X> void backward(const FourierArgs& a) {
 
 void fourier_embed(const FourierArgs& a) {
   if (a.rows * a.dims * a.bands == 0) return;
-  with_dtype(a.dtype, [&](auto tag) { embed<untag<decltype(tag)>>(a); });
+  with_dtype(a.dtype, [&](auto tag) {
+    using X = untag<decltype(tag)>;
+    const int64_t bytes = a.rows * 2 * a.dims * a.bands * int64_t(sizeof(X));
+    const bool aligned = reinterpret_cast<uintptr_t>(a.out) % 64 == 0;
+    if constexpr (sizeof(X) >= 4) {
+      if (aligned && bytes >= kStream) return embed<true, X>(a);
+    }
+    return embed<false, X>(a);
+  });
 }
 
 void fourier_embed_backward(const FourierArgs& a) {

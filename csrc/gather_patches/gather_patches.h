@@ -1,7 +1,7 @@
 // gather_patches: square patches of a video around points.
 //
 // maths     p = position of u along an axis (see Coordinates), clamped by the border rule; k = p rounded, f = p - k
-//           out[b, n, i, j, c] = sum over a, b' in {0, 1} of w_a(f_y) w_b'(f_x) video[b, t, clamp(y + i + a), clamp(x + j + b'), c]
+//           out[b, n, i, j, c] = sum over d, e in {0, 1} of w_d(f_y) w_e(f_x) video[b, t, clamp(y + i + d), clamp(x + j + e), c]
 //           with y = k_y - size / 2, x = k_x - size / 2, w_0(f) = 1 - f, w_1(f) = f; f is 0 unless mode is bilinear
 // shapes    video (B, T, H, W, C) with any strides, t (B, N) int64, points (B, N, 2), out (B, N, size, size, C);
 //           d_video (B, T, H, W, C) contiguous; all but the video contiguous

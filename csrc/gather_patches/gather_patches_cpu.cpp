@@ -36,7 +36,8 @@ template <class P> Place<P> place_of(const PatchArgs& a, int64_t point) {
 template <class T, class P, class Y>
 inline void fetch_row(const PatchArgs& a, const Place<P>& place, int64_t y, int64_t pixels, Y* to) {
   const int64_t *s = a.strides, first = place.x.first;
-  const T* row = static_cast<const T*>(a.video) + place.b * s[0] + place.t * s[1] + clamp_index(place.y.first + y, a.height) * s[2];
+  const T* row = static_cast<const T*>(a.video) + place.b * s[0] + place.t * s[1];
+  row += clamp_index(place.y.first + y, a.height) * s[2];
   if (first >= 0 && first + pixels <= a.width && s[4] == 1 && s[3] == a.channels) {
     row += first * s[3];
     if constexpr (sizeof(T) == sizeof(Y)) {

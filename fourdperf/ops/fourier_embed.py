@@ -13,9 +13,9 @@ angles are never kept in 16 bits. fourier_linear computes in, and returns, the d
 float32 in front of a 16-bit weight (the usual thing, and what autocast makes of it): coordinates in 16 bits lose the bands.
 
 Large angles: native and Triton take the exact product x f of the two floats (an FMA gives what rounding it loses) and are
-within 2^-23 of its sine and cosine: to |x f| = 2^17 by a fast reduction in float32, beyond by a slow one, exact
-for every finite argument. Eager rounds the product, and so errs by up to |x f| 2^-24. float64 rounds the product.
-Infinity and NaN give NaN. Triton's slow reduction is float64's own sin and cos.
+within 2^-23 of its sine and cosine: to |x f| = 2^17 by a fast reduction in float32 (Triton: to 2^20, in float64), beyond by
+Payne and Hanek's in integers, about ten times slower and as accurate for every finite argument. Eager rounds the product,
+and so errs by up to |x f| 2^-24. float64 rounds the product. Infinity and NaN give NaN.
 
 First and second derivatives (and higher ones) with respect to x and frequencies, weight and bias. Non-contiguous inputs
 are copied.

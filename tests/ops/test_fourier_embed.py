@@ -305,6 +305,10 @@ def test_large_outputs_take_the_streaming_path(target):
     if target.backend == "triton":
         pytest.skip("one path for all sizes")
     x, f = sample((70001, 2), torch.float32), octaves(2)
+    many = octaves(16)
+    for y in (x, x[:40001].double()):
+        parts = torch.cat([fourier_embed(part, many, backend="native") for part in y.split(1000)])
+        assert torch.equal(fourier_embed(y, many, backend="native"), parts)
     for dtype, features in ((torch.float32, 64), (torch.bfloat16, 128)):
         weight, bias = (t.to(dtype) for t in layer(2, 2, features).values())
         whole = fourier_linear(x, f, weight, bias, backend="native")

@@ -22,8 +22,10 @@ def gather_patches(video: jax.Array, t: jax.Array, points: jax.Array, size: int 
     video, t, points = jnp.asarray(video), jnp.asarray(t), jnp.asarray(points)
     if video.ndim != 5 or not (video.dtype == jnp.uint8 or jnp.issubdtype(video.dtype, jnp.floating)):
         raise ValueError(f"video must have shape (B, T, H, W, C), uint8 or floating, got {video.shape}, {video.dtype}")
-    if points.ndim != 3 or points.shape[0] != video.shape[0] or points.shape[2] != 2 or not jnp.issubdtype(points.dtype, jnp.floating):
-        raise ValueError(f"points must have shape (B, N, 2) with B = {video.shape[0]}, floating, got {points.shape}, {points.dtype}")
+    fits = points.ndim == 3 and points.shape[0] == video.shape[0] and points.shape[2] == 2
+    if not fits or not jnp.issubdtype(points.dtype, jnp.floating):
+        raise ValueError(f"points must have shape (B, N, 2) with B = {video.shape[0]}, floating, "
+                         f"got {points.shape}, {points.dtype}")
     if t.shape != points.shape[:2] or not jnp.issubdtype(t.dtype, jnp.integer):
         raise ValueError(f"t must have shape (B, N) = {points.shape[:2]}, of integers, got {t.shape}, {t.dtype}")
     if size < 1:
@@ -35,7 +37,8 @@ def gather_patches(video: jax.Array, t: jax.Array, points: jax.Array, size: int 
         if 0 in video.shape[1:4]:
             raise ValueError(f"video must not be empty, got shape {video.shape}")
         if border == "shift" and min(video.shape[2:4]) < size:
-            raise ValueError(f"border='shift' needs frames of at least {size} x {size} pixels, got {video.shape[2]} x {video.shape[3]}")
+            raise ValueError(f"border='shift' needs frames of at least {size} x {size} pixels, "
+                             f"got {video.shape[2]} x {video.shape[3]}")
     points = points if points.dtype == jnp.float64 else points.astype(jnp.float32)
     t = jnp.clip(t, 0, max(video.shape[1] - 1, 0)).astype(jnp.int32)
     options = size, mode, coordinates, border
@@ -84,7 +87,8 @@ def _out_dtype(video, mode):
 
 def _attributes(options):
     size, mode, coordinates, border = options
-    return {"size": size, "mode": MODES.index(mode), "coordinates": COORDINATES.index(coordinates), "border": BORDERS.index(border)}
+    return {"size": size, "mode": MODES.index(mode), "coordinates": COORDINATES.index(coordinates),
+            "border": BORDERS.index(border)}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
