@@ -8,7 +8,7 @@
 //   store(T*, v), store(T*, v, n)
 //   store_streaming(T*, v)       past the caches: whole vectors at aligned addresses; stream_fence() when done
 //   broadcast<A>(x), reduce_add(v), max(v, w), reduce_max(v), mask<A> (a vector of 0 and -1: mask ? v : w selects), any(mask)
-//   exp2(v)                      2^v to about an ulp; below the normal range 0; NaN stays NaN, from overflow on infinity
+//   exp2(v)                      2^v to about an ulp; below the normal range 0; NaN stays NaN; from 2^127.5 (2^1023.5) on infinity
 //   exp2_coarse(v)               the same to 13 bits and for v < 128, for what is rounded to bf16 next
 //   for_vectors<A>(size, f)
 //   transpose(v)                 lanes<float> vectors as rows of a square, in place
@@ -313,7 +313,8 @@ template <class V> inline bool any(V holds) {
 #endif
 }
 
-// ---- 2^x = 2^n p(x - n): floats with n = floor(x), doubles with the nearest n; p(0) = 1
+// ---- 2^x = 2^n p(x - n), n the nearest integer (floats on AVX-512: floor); p(0) = 1.
+// Adding `magic` leaves the nearest integer in the low bits. Comparisons are the way round that keeps NaN.
 template <class A, int N> inline vec<A> polynomial(vec<A> f, const A (&c)[N]) {
   vec<A> p = broadcast<A>(c[N - 1]);
   for (int i = N - 2; i >= 0; --i) p = p * f + broadcast<A>(c[i]);
@@ -321,25 +322,12 @@ template <class A, int N> inline vec<A> polynomial(vec<A> f, const A (&c)[N]) {
 }
 
 #if defined(__AVX512F__)
-template <int N> inline vec<float> exp2_by(vec<float> x, const float (&c)[N]) {
-  const vec<float> f = (vec<float>)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF);
-  return (vec<float>)_mm512_scalef_ps((__m512)polynomial(f, c), (__m512)x);
-}
 template <int N> inline vec<double> exp2_by(vec<double> x, const double (&c)[N]) {
   const __m512d n = _mm512_roundscale_pd((__m512d)x, _MM_FROUND_TO_NEAREST_INT);
   const __m512d f = _mm512_reduce_pd((__m512d)x, _MM_FROUND_TO_NEAREST_INT);  // of an infinity: 0
   return (vec<double>)_mm512_scalef_pd((__m512d)polynomial((vec<double>)f, c), n);
 }
 #else
-// Adding `magic` leaves the nearest integer in the low bits. Comparisons are the way round that keeps NaN.
-template <int N> inline vec<float> exp2_by(vec<float> x, const float (&c)[N]) {
-  const vec<float> low = broadcast<float>(-126.5f), high = broadcast<float>(128.f), magic = broadcast<float>(0x1.8p23f);
-  x = x < low ? low : x;
-  x = x > high ? high : x;
-  const vec<float> shifted = (x - broadcast<float>(0.5f)) + magic, n = shifted - magic;
-  const mask<float> power = ((mask<float>)shifted + (127 - 0x4b400000)) << 23;
-  return polynomial(x - n, c) * (vec<float>)power;
-}
 template <int N> inline vec<double> exp2_by(vec<double> x, const double (&c)[N]) {
   const vec<double> low = broadcast<double>(-1023.), high = broadcast<double>(1024.), magic = broadcast<double>(0x1.8p52);
   x = x < low ? low : x;
@@ -350,11 +338,24 @@ template <int N> inline vec<double> exp2_by(vec<double> x, const double (&c)[N])
 }
 #endif
 
+#if defined(__AVX512F__)
 inline vec<float> exp2(vec<float> x) {
   constexpr float c[] = {0.693147044442803f,    0.24022930556092917f,   0.055485280572104556f,
                          0.009675451674029141f, 0.0012467845342075735f, 0.00021612919138890016f};
-  return exp2_by(x, c);
+  const vec<float> f = (vec<float>)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF);
+  return (vec<float>)_mm512_scalef_ps((__m512)polynomial(f, c), (__m512)x);
 }
+#else
+inline vec<float> exp2(vec<float> x) {
+  constexpr float c[] = {6.93147188e-1f, 2.40226508e-1f, 5.5503571e-2f, 9.61808256e-3f, 1.33908634e-3f, 1.5453153e-4f};
+  const vec<float> low = broadcast<float>(-126.5f), high = broadcast<float>(128.f), magic = broadcast<float>(0x1.8p23f);
+  x = x < low ? low : x;
+  x = x > high ? high : x;
+  const vec<float> shifted = x + magic, n = shifted - magic;
+  const mask<float> power = ((mask<float>)shifted + (127 - 0x4b400000)) << 23;
+  return polynomial(x - n, c) * (vec<float>)power;
+}
+#endif
 
 inline vec<float> exp2_coarse(vec<float> x) {
   constexpr float c[] = {0.693282928290234f, 0.2422109693231668f, 0.05500893088168022f};  // minimax on [-1/2, 1/2]
