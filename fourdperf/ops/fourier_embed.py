@@ -244,10 +244,14 @@ def _define(suffix, launch_embed, launch_backward, launch_linear):
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
             d_embedding = (d_out @ weight).to(x.dtype)
             d_x, d_frequencies = backward(d_embedding, x, frequencies)
+        with_bias = bias is not None and ctx.needs_input_grad[3]
         if ctx.needs_input_grad[2]:
-            embedding = embed(x.to(frequencies.dtype), frequencies).to(weight.dtype)
-            d_weight = rows.T @ embedding.reshape(-1, weight.shape[1])
-        if bias is not None and ctx.needs_input_grad[3]:
+            embedding = embed(x.to(frequencies.dtype), frequencies).to(weight.dtype).reshape(-1, weight.shape[1])
+            if with_bias:  # a column of ones: d_out, much the largest tensor here, is then read once for both
+                embedding = torch.cat([embedding, embedding.new_ones(len(embedding), 1)], 1)
+            both = (embedding.T @ rows).T.contiguous()
+            d_weight, d_bias = (both[:, :-1], both[:, -1]) if with_bias else (both, None)
+        elif with_bias:
             d_bias = rows.sum(0)
         return d_x, d_frequencies, d_weight, d_bias
 
