@@ -7,8 +7,8 @@ points-major results ask for; torch.compile of the eager code; the jnp version u
 
 import torch
 import torch.nn.functional as F
-
 from fourdperf.benchmarks.harness import Case
+
 from fourdperf.ops.bilinear_sample import bilinear_sample, bilinear_sample_eager
 
 # name: map, points per map
@@ -22,7 +22,7 @@ SHAPES = {
 def cases(device: str):
     for name, (shape, n) in SHAPES.items():
         for dtype in (torch.float32, torch.bfloat16):
-            for direction in ("forward", "forward+backward", "second order")[:3 if dtype == torch.float32 else 1]:
+            for direction in ("forward", "forward+backward", "second order")[: 3 if dtype == torch.float32 else 1]:
                 torch.compiler.reset()
                 yield _case(name, shape, n, dtype, direction, device)
 
@@ -35,13 +35,18 @@ def _case(name, shape, n, dtype, direction, device):
 
     def grid_sample(map, xy):
         # (it wants map and grid in one dtype, and a grid in 16 bits misses the pixels)
-        out = F.grid_sample(map.permute(0, 3, 1, 2).float(), (xy * 2 - 1)[:, None], padding_mode="border", align_corners=True)
+        out = F.grid_sample(
+            map.permute(0, 3, 1, 2).float(), (xy * 2 - 1)[:, None], padding_mode="border", align_corners=True
+        )
         return out[:, :, 0].transpose(1, 2).to(map.dtype).contiguous()
 
     compiled = torch.compile(bilinear_sample_eager)
-    functions = {"fourdperf": (bilinear_sample, map), "F.grid_sample, map channels last": (grid_sample, map),
-                 "F.grid_sample, map channels first": (grid_sample, channels_first.permute(0, 2, 3, 1)),
-                 "eager, compiled": (compiled, map)}
+    functions = {
+        "fourdperf": (bilinear_sample, map),
+        "F.grid_sample, map channels last": (grid_sample, map),
+        "F.grid_sample, map channels first": (grid_sample, channels_first.permute(0, 2, 3, 1)),
+        "eager, compiled": (compiled, map),
+    }
     if device == "cuda":
         functions["fourdperf triton"] = (lambda map, xy: bilinear_sample(map, xy, backend="triton"), map)
     if direction == "second order":
@@ -49,10 +54,20 @@ def _case(name, shape, n, dtype, direction, device):
     providers = {key: _provider(function, m, xy, d_out, h, u, direction) for key, (function, m) in functions.items()}
     providers["JAX jit"] = _jax(map, xy, d_out, h, u, direction)
     features = d_out.numel() * map.element_size()
-    moved = {"forward": features + map.nbytes, "forward+backward": 2 * features + 3 * map.nbytes,
-             "second order": 4 * features + 7 * map.nbytes}[direction]
-    return Case("bilinear_sample", name, str(dtype).removeprefix("torch."), providers, bytes=moved + 2 * xy.nbytes,
-                tolerance=2e-4 if dtype == torch.float32 else 2e-2, direction=direction)
+    moved = {
+        "forward": features + map.nbytes,
+        "forward+backward": 2 * features + 3 * map.nbytes,
+        "second order": 4 * features + 7 * map.nbytes,
+    }[direction]
+    return Case(
+        "bilinear_sample",
+        name,
+        str(dtype).removeprefix("torch."),
+        providers,
+        bytes=moved + 2 * xy.nbytes,
+        tolerance=2e-4 if dtype == torch.float32 else 2e-2,
+        direction=direction,
+    )
 
 
 def _provider(function, map, xy, d_out, h, u, direction):

@@ -7,8 +7,8 @@ after tokens writes), the same under torch.compile, jax.nn.dot_product_attention
 
 import torch
 import torch.nn.functional as F
-
 from fourdperf.benchmarks.harness import Case
+
 from fourdperf.ops import cross_attention
 
 # name: B, Q, K, H, D
@@ -38,11 +38,21 @@ def _case(name, shape, dtype, device):
     q, k, v = _inputs(shape, dtype, device)
     torch.compiler.reset()
     compiled = torch.compile(_sdpa)
-    providers = {"fourdperf": lambda: cross_attention(q, k, v), "SDPA": lambda: _sdpa(q, k, v),
-                 "SDPA, compiled": lambda: compiled(q, k, v), "JAX jit": _jax(q, k, v)}
+    providers = {
+        "fourdperf": lambda: cross_attention(q, k, v),
+        "SDPA": lambda: _sdpa(q, k, v),
+        "SDPA, compiled": lambda: compiled(q, k, v),
+        "JAX jit": _jax(q, k, v),
+    }
     batch, queries, keys, heads, size = shape
-    return Case("cross_attention", name, str(dtype).removeprefix("torch."), providers,
-                flops=4 * batch * heads * queries * keys * size, tolerance=1e-5 if dtype == torch.float32 else 3e-2)
+    return Case(
+        "cross_attention",
+        name,
+        str(dtype).removeprefix("torch."),
+        providers,
+        flops=4 * batch * heads * queries * keys * size,
+        tolerance=1e-5 if dtype == torch.float32 else 3e-2,
+    )
 
 
 def _backward_case(name, dtype, device):
@@ -51,9 +61,15 @@ def _backward_case(name, dtype, device):
     d_out = torch.randn_like(leaves[0])
     both = lambda function: lambda: (out := function(*leaves), *torch.autograd.grad(out, leaves, d_out))
     batch, queries, keys, heads, size = shape
-    return Case("cross_attention", name, str(dtype).removeprefix("torch."),
-                {"fourdperf": both(cross_attention), "SDPA": both(_sdpa)}, flops=14 * batch * heads * queries * keys * size,
-                tolerance=1e-5 if dtype == torch.float32 else 3e-2, direction="forward+backward")
+    return Case(
+        "cross_attention",
+        name,
+        str(dtype).removeprefix("torch."),
+        {"fourdperf": both(cross_attention), "SDPA": both(_sdpa)},
+        flops=14 * batch * heads * queries * keys * size,
+        tolerance=1e-5 if dtype == torch.float32 else 3e-2,
+        direction="forward+backward",
+    )
 
 
 def _sdpa(q, k, v):

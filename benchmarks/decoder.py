@@ -14,9 +14,9 @@ import sys
 
 import torch
 import torch.nn.functional as F
+from fourdperf.benchmarks.harness import Case, machine, roofs, run
 from torch import Tensor, nn
 
-from fourdperf.benchmarks.harness import Case, machine, roofs, run
 from fourdperf.models.layers import CrossDecoder
 
 WIDTHS = {512: 8, 768: 12, 1024: 16}
@@ -57,8 +57,11 @@ def _case(width: int, dtype: torch.dtype, device: str) -> Case:
     head = nn.Linear(width, 13).to(device, dtype)
     n = QUERIES[device]
     features = torch.randn(1, TOKENS, width, device=device, dtype=dtype)
-    query = (torch.rand(1, n, 2, device=device), torch.randint(FRAMES, (1, n, 3), device=device),
-             torch.rand(1, n, 9, 9, 3, device=device, dtype=dtype))
+    query = (
+        torch.rand(1, n, 2, device=device),
+        torch.randint(FRAMES, (1, n, 3), device=device),
+        torch.rand(1, n, 9, 9, 3, device=device, dtype=dtype),
+    )
     memory = decoder.prepare(features)
     port = _port_style(decoder)
 
@@ -80,11 +83,20 @@ def _case(width: int, dtype: torch.dtype, device: str) -> Case:
 
     compiled = torch.compile(sdpa)
     no_grad = lambda function, *args: torch.no_grad()(lambda: function(*args))
-    providers = {"fourdperf": no_grad(ours, *query), "SDPA, compiled, kept projections": no_grad(compiled, *query),
-                 "port style": no_grad(ports)}
+    providers = {
+        "fourdperf": no_grad(ours, *query),
+        "SDPA, compiled, kept projections": no_grad(compiled, *query),
+        "port style": no_grad(ports),
+    }
     per_layer = 2 * width * (2 * width + 8 * width) + 4 * TOKENS * width
-    return Case("decoder", f"width {width}, {n} queries", str(dtype).removeprefix("torch."), providers,
-                flops=n * LAYERS * per_layer, tolerance=1e-4 if dtype == torch.float32 else 5e-2)
+    return Case(
+        "decoder",
+        f"width {width}, {n} queries",
+        str(dtype).removeprefix("torch."),
+        providers,
+        flops=n * LAYERS * per_layer,
+        tolerance=1e-4 if dtype == torch.float32 else 5e-2,
+    )
 
 
 def _port_style(decoder: CrossDecoder):
@@ -111,7 +123,11 @@ def _port_style(decoder: CrossDecoder):
 def main(device: str) -> None:
     header, roof = machine(), roofs(device)
     print(" ".join(f"{key}={value}" for key, value in header.items()))
-    print(f"{'':52} queries/s  " + "".join(f"{f'{rate} FPS':>9}" for rate in RATES) + "   tracks of a whole video, per second of it")
+    print(
+        f"{'':52} queries/s  "
+        + "".join(f"{f'{rate} FPS':>9}" for rate in RATES)
+        + "   tracks of a whole video, per second of it"
+    )
     for case in cases(device):
         for row in run(case, roof, rounds=5, seconds=1):
             name = f"{case.name}, {case.dtype}, {row.provider}"
@@ -119,7 +135,11 @@ def main(device: str) -> None:
                 print(f"{name:75} {row.note}")
                 continue
             rate = QUERIES[device] / row.p50_ms * 1e3
-            print(f"{name:75} {rate:9.0f}  " + "".join(f"{rate / f:9.0f}" for f in RATES) + f"   ours is {row.speed and 1 / row.speed:.2f}x")
+            print(
+                f"{name:75} {rate:9.0f}  "
+                + "".join(f"{rate / f:9.0f}" for f in RATES)
+                + f"   ours is {row.speed and 1 / row.speed:.2f}x"
+            )
         sys.stdout.flush()
 
 

@@ -66,9 +66,16 @@ def _case(name, shape, frequencies, features, dtype, device, linear, backward):
     providers["JAX jit"] = _jax(tensors, d_out, linear, backward)
     out_bytes = shape[0] * width * d_out.element_size()
     flops = 2 * shape[0] * weight.numel() if linear else 0
-    return Case("fourier_embed", name + (f" -> {features}" if linear else ""), str(dtype).removeprefix("torch."), providers,
-                bytes=out_bytes * (2 if backward else 1), flops=flops * (2 if backward else 1),
-                tolerance=2e-4 if dtype == torch.float32 else 3e-2, direction="forward+backward" if backward else "forward")
+    return Case(
+        "fourier_embed",
+        name + (f" -> {features}" if linear else ""),
+        str(dtype).removeprefix("torch."),
+        providers,
+        bytes=out_bytes * (2 if backward else 1),
+        flops=flops * (2 if backward else 1),
+        tolerance=2e-4 if dtype == torch.float32 else 3e-2,
+        direction="forward+backward" if backward else "forward",
+    )
 
 
 def _jax(tensors, d_out, linear, backward):
@@ -81,7 +88,10 @@ def _jax(tensors, d_out, linear, backward):
     from fourdperf.jax.ops import fourier_embed as embed
     from fourdperf.jax.ops import fourier_linear as layer
 
-    arrays = [jnp.asarray(t.detach().float().cpu().numpy()).astype(str(t.dtype).removeprefix("torch.")) for t in (*tensors, d_out)]
+    arrays = [
+        jnp.asarray(t.detach().float().cpu().numpy()).astype(str(t.dtype).removeprefix("torch."))
+        for t in (*tensors, d_out)
+    ]
     function = (lambda *args: layer(*args, backend="jnp")) if linear else (lambda *args: embed(*args, backend="jnp"))
     if not backward:
         forward = jax.jit(function)

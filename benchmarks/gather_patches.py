@@ -49,8 +49,14 @@ def _case(name, shape, n, dtype, mode, device):
     elif shape[1] * shape[2] * shape[3] < 2**21:
         providers["copied frames, grid_sample"] = lambda: _grid_sample(video, t, points)
     out = providers["fourdperf"]()
-    return Case("gather_patches", f"{name}, {mode}", str(dtype).removeprefix("torch."), providers,
-                bytes=out.nbytes + out.numel() * video.element_size(), tolerance=5e-5)  # grid_sample rounds positions in [-1, 1]
+    return Case(
+        "gather_patches",
+        f"{name}, {mode}",
+        str(dtype).removeprefix("torch."),
+        providers,
+        bytes=out.nbytes + out.numel() * video.element_size(),
+        tolerance=5e-5,
+    )  # grid_sample rounds positions in [-1, 1]
 
 
 def _backward_case(device):
@@ -67,8 +73,15 @@ def _backward_case(device):
         return both
 
     providers = {"fourdperf": provider(gather_patches), "advanced indexing": provider(gather_patches_eager)}
-    return Case("gather_patches", f"{name}, bilinear", "float32", providers, bytes=2 * d_out.nbytes * 2 + video.nbytes,
-                tolerance=1e-4, direction="forward+backward")
+    return Case(
+        "gather_patches",
+        f"{name}, bilinear",
+        "float32",
+        providers,
+        bytes=2 * d_out.nbytes * 2 + video.nbytes,
+        tolerance=1e-4,
+        direction="forward+backward",
+    )
 
 
 def _loop(video, t, points):
@@ -80,7 +93,7 @@ def _loop(video, t, points):
             u, v = points[b, n].tolist()
             x, y = round(u * width), round(v * height)
             x, y = min(max(x, SIZE // 2), width - 1 - SIZE // 2), min(max(y, SIZE // 2), height - 1 - SIZE // 2)
-            patches.append(video[b, t[b, n], y - SIZE // 2:y + SIZE // 2 + 1, x - SIZE // 2:x + SIZE // 2 + 1])
+            patches.append(video[b, t[b, n], y - SIZE // 2 : y + SIZE // 2 + 1, x - SIZE // 2 : x + SIZE // 2 + 1])
     return torch.stack(patches).unflatten(0, (batch, -1))
 
 

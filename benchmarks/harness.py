@@ -25,7 +25,11 @@ import numpy as np
 import torch
 
 # glibc gives memory of large tensors back to the kernel at once and faults it in again: the same setting for all peers
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "8589934592", "MALLOC_TOP_PAD_": "268435456"}
+MALLOC = {
+    "MALLOC_MMAP_THRESHOLD_": "4294967296",
+    "MALLOC_TRIM_THRESHOLD_": "8589934592",
+    "MALLOC_TOP_PAD_": "268435456",
+}
 
 
 @dataclasses.dataclass
@@ -92,10 +96,16 @@ def machine() -> dict:
     processor = platform.processor()
     with contextlib.suppress(OSError):
         processor = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
-    commit = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
-                            capture_output=True, text=True).stdout.strip()
-    return {"processor": processor, "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-            "threads": torch.get_num_threads(), **versions, "commit": commit or "unknown"}
+    commit = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"], capture_output=True, text=True
+    ).stdout.strip()
+    return {
+        "processor": processor,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+        **versions,
+        "commit": commit or "unknown",
+    }
 
 
 def roofs(device: str) -> dict:
@@ -214,7 +224,10 @@ def run(case: Case, roof: dict, rounds: int = 15, seconds: float = 3.0) -> list[
         row.speed = float(np.median(times[first]) / np.median(sample))
         row.gb_s = case.bytes / row.p50_ms / 1e6 if case.bytes else None
         row.tflop_s = case.flops / row.p50_ms / 1e9 if case.flops else None
-        shares = [row.gb_s / roof["copy"] if row.gb_s else 0, row.tflop_s / roof.get(case.dtype, np.inf) if row.tflop_s else 0]
+        shares = [
+            row.gb_s / roof["copy"] if row.gb_s else 0,
+            row.tflop_s / roof.get(case.dtype, np.inf) if row.tflop_s else 0,
+        ]
         row.roof = max(shares) or None
     return list(rows.values())
 
@@ -223,22 +236,30 @@ def report(cases: Iterable[Case], device: str, rounds: int = 15) -> tuple[dict, 
     """Runs the cases, printing each as it is done; returns what ran (machine and roofs) and all rows."""
     header = machine() | {"roofs": roofs(device)}
     print(" ".join(f"{k}={v}" for k, v in header.items() if k != "roofs"))
-    print("roofs: " + ", ".join(f"{k} {v:.3g} {'GB/s' if k == 'copy' else 'TFLOP/s'}" for k, v in header["roofs"].items()))
+    print(
+        "roofs: " + ", ".join(f"{k} {v:.3g} {'GB/s' if k == 'copy' else 'TFLOP/s'}" for k, v in header["roofs"].items())
+    )
     rows = []
     for case in cases:
-        print(f"\n{case.op}: {case.name}, {case.direction}, {case.dtype}"
-              + (f", at least {case.bytes / 1e6:.1f} MB" if case.bytes else "")
-              + (f", {case.flops / 1e9:.2f} GFLOP" if case.flops else ""))
-        print(f"  {'':26} {'p20':>9} {'p50':>9} {'p80':>9} ms {'speed':>7} {'GB/s':>7} {'TFLOP/s':>8} {'roof':>5} {'peak MB':>8}")
+        print(
+            f"\n{case.op}: {case.name}, {case.direction}, {case.dtype}"
+            + (f", at least {case.bytes / 1e6:.1f} MB" if case.bytes else "")
+            + (f", {case.flops / 1e9:.2f} GFLOP" if case.flops else "")
+        )
+        print(
+            f"  {'':26} {'p20':>9} {'p50':>9} {'p80':>9} ms {'speed':>7} {'GB/s':>7} {'TFLOP/s':>8} {'roof':>5} {'peak MB':>8}"
+        )
         for row in run(case, header["roofs"], rounds):
             rows.append(row)
             if row.p50_ms is None:
                 print(f"  {row.provider:26} {row.note}")
                 continue
             number = lambda value, width, spec: f"{value:{width}{spec}}" if value is not None else " " * width
-            print(f"  {row.provider:26} {row.p20_ms:9.3f} {row.p50_ms:9.3f} {row.p80_ms:9.3f}    {row.speed:7.2f} "
-                  f"{number(row.gb_s, 7, '.1f')} {number(row.tflop_s, 8, '.3f')} {number(row.roof, 5, '.0%')} "
-                  f"{number(row.peak_mb, 8, '.1f')}")
+            print(
+                f"  {row.provider:26} {row.p20_ms:9.3f} {row.p50_ms:9.3f} {row.p80_ms:9.3f}    {row.speed:7.2f} "
+                f"{number(row.gb_s, 7, '.1f')} {number(row.tflop_s, 8, '.3f')} {number(row.roof, 5, '.0%')} "
+                f"{number(row.peak_mb, 8, '.1f')}"
+            )
         sys.stdout.flush()
     return header, rows
 
@@ -246,14 +267,22 @@ def report(cases: Iterable[Case], device: str, rounds: int = 15) -> tuple[dict, 
 def write_json(file: Path, header: dict, rows: list[Row]) -> None:
     """One object: what ran, and the rows. Written to a temporary file first."""
     new = file.with_name(file.name + ".new")
-    new.write_text(json.dumps(header | {"command": " ".join(sys.argv), "rows": [dataclasses.asdict(row) for row in rows]}, indent=1))
+    new.write_text(
+        json.dumps(
+            header | {"command": " ".join(sys.argv), "rows": [dataclasses.asdict(row) for row in rows]}, indent=1
+        )
+    )
     new.replace(file)
 
 
 def append_csv(file: Path, header: dict, rows: list[Row]) -> None:
     """Appends the rows with date, command and versions to the results kept in benchmarks/results/."""
-    known = {"date": time.strftime("%Y-%m-%d"), "command": "fourdperf " + " ".join(sys.argv[1:]),
-             **{k: v for k, v in header.items() if k != "roofs"}, **{f"roof_{k}": v for k, v in header["roofs"].items()}}
+    known = {
+        "date": time.strftime("%Y-%m-%d"),
+        "command": "fourdperf " + " ".join(sys.argv[1:]),
+        **{k: v for k, v in header.items() if k != "roofs"},
+        **{f"roof_{k}": v for k, v in header["roofs"].items()},
+    }
     exists = file.exists()
     with open(file, "a", newline="") as stream:
         fields = [*(f.name for f in dataclasses.fields(Row)), *known]

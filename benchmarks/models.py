@@ -10,8 +10,8 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-
 from fourdperf.benchmarks.harness import Case
+
 from fourdperf.convert.scaling4d import table
 from fourdperf.models import layers, scaling4d
 from fourdperf.models.scaling4d import Config, ReadoutConfig, Scaling4D

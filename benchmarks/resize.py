@@ -8,8 +8,8 @@ import math
 
 import torch
 import torch.nn.functional as F
-
 from fourdperf.benchmarks.harness import Case
+
 from fourdperf.ops.resize import resize, resize_matrix
 
 # name: shape, sizes, dims
@@ -47,9 +47,14 @@ def _case(name, shape, sizes, dims, dtype, device):
     providers["matmul, compiled"] = lambda: compiled(x, matrices, dims)
     providers["JAX jit"] = _jax(x, sizes, dims)
     out_shape = [dict(zip(dims, sizes)).get(d, n) for d, n in enumerate(shape)]
-    return Case("resize", name, str(dtype).removeprefix("torch."), providers,
-                bytes=(math.prod(shape) + math.prod(out_shape)) * x.element_size(),
-                tolerance=5e-5 if dtype == torch.float32 else 3e-2)  # the peers round sampling positions to float32
+    return Case(
+        "resize",
+        name,
+        str(dtype).removeprefix("torch."),
+        providers,
+        bytes=(math.prod(shape) + math.prod(out_shape)) * x.element_size(),
+        tolerance=5e-5 if dtype == torch.float32 else 3e-2,
+    )  # the peers round sampling positions to float32
 
 
 def _backward_case(device):
@@ -59,9 +64,11 @@ def _backward_case(device):
     d_out = torch.randn(1, 16, 196, 768, device=device)
     matrices = [resize_matrix(8, 16, "cubic", device=device).float()]
     both = lambda function: lambda: (out := function(), *torch.autograd.grad(out, x, d_out))
-    providers = {"fourdperf": both(lambda: resize(x, sizes, dims)),
-                 "F.interpolate": both(lambda: _interpolate(x, sizes, dims)),
-                 "matmul": both(lambda: _matmul(x, matrices, dims))}
+    providers = {
+        "fourdperf": both(lambda: resize(x, sizes, dims)),
+        "F.interpolate": both(lambda: _interpolate(x, sizes, dims)),
+        "matmul": both(lambda: _matmul(x, matrices, dims)),
+    }
     moved = x.nbytes + d_out.nbytes
     return Case("resize", name, "float32", providers, bytes=2 * moved, tolerance=1e-5, direction="forward+backward")
 

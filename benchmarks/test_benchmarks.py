@@ -4,8 +4,8 @@ import importlib
 
 import pytest
 import torch
-
 from fourdperf.benchmarks.harness import _wait
+
 from fourdperf.ops import OPS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -8,8 +8,8 @@ of answers, since it is what people use in place of a window.
 
 import torch
 import torch.nn.functional as F
-
 from fourdperf.benchmarks.harness import Case
+
 from fourdperf.ops.window_attention import _axis_keys, window_attention, window_attention_eager
 
 # name: frames, side, heads, size of a head, window
@@ -41,16 +41,26 @@ def _case(name, shape, dtype, device, backward):
         functions["fourdperf native"] = lambda q, k, v: window_attention(q, k, v, window, backend="native")
     mask = _mask(side, window, device)
     functions["SDPA, mask"] = lambda q, k, v: _sdpa(q, k, v, attn_mask=mask)
-    functions["FlexAttention, compiled"] = _flex(side, window, device) if not backward or device == "cuda" else \
-        "FlexAttention has no backward on the CPU"
+    functions["FlexAttention, compiled"] = (
+        _flex(side, window, device) if not backward or device == "cuda" else "FlexAttention has no backward on the CPU"
+    )
     functions["unfold"] = lambda q, k, v: _unfold(q, k, v, window)
     eager = torch.compile(window_attention_eager)
-    functions["eager, compiled"] = lambda q, k, v: eager(q, k, v, None, None, (window, window), (1, 1), "mask", dim**-0.5)
+    functions["eager, compiled"] = lambda q, k, v: eager(
+        q, k, v, None, None, (window, window), (1, 1), "mask", dim**-0.5
+    )
     providers = {name: f if isinstance(f, str) else call(f) for name, f in functions.items()}
     moved = 4 * leaves[0].numel() * leaves[0].element_size()
-    return Case("window_attention", name, str(dtype).removeprefix("torch."), providers, bytes=moved * (3 if backward else 1),
-                flops=pairs * dim * (14 if backward else 4), tolerance=2e-5 if dtype == torch.float32 else 4e-2,
-                direction="forward+backward" if backward else "forward")
+    return Case(
+        "window_attention",
+        name,
+        str(dtype).removeprefix("torch."),
+        providers,
+        bytes=moved * (3 if backward else 1),
+        flops=pairs * dim * (14 if backward else 4),
+        tolerance=2e-5 if dtype == torch.float32 else 4e-2,
+        direction="forward+backward" if backward else "forward",
+    )
 
 
 def _leaves(frames, side, heads, dim, dtype, device, backward):
@@ -67,16 +77,31 @@ def _against_full_attention(name, shape, dtype, device, backward):
     frames, side, heads, dim, window = shape
     _, call = _leaves(frames, side, heads, dim, dtype, device, backward)
     providers = {"fourdperf": call(lambda q, k, v: window_attention(q, k, v, window)), "SDPA, full frame": call(_sdpa)}
-    return Case("window_attention", f"{name}, against full attention", str(dtype).removeprefix("torch."), providers,
-                tolerance=float("inf"), direction="forward+backward" if backward else "forward")
+    return Case(
+        "window_attention",
+        f"{name}, against full attention",
+        str(dtype).removeprefix("torch."),
+        providers,
+        tolerance=float("inf"),
+        direction="forward+backward" if backward else "forward",
+    )
 
 
 def _covering(frames, side, heads, dim, device):
     """A window that covers the frame, and what full attention takes on this machine."""
     q, k, v = torch.randn(frames, side, side, 3, heads, dim, device=device).unbind(3)
-    providers = {"fourdperf, window 31": lambda: window_attention(q, k, v, 2 * side - 1), "SDPA": lambda: _sdpa(q, k, v)}
-    return Case("window_attention", "24 frames x 12 heads x 16x16 x d64, window 31 (covers)", "float32", providers,
-                flops=4 * dim * side**4 * frames * heads, tolerance=1e-6)
+    providers = {
+        "fourdperf, window 31": lambda: window_attention(q, k, v, 2 * side - 1),
+        "SDPA": lambda: _sdpa(q, k, v),
+    }
+    return Case(
+        "window_attention",
+        "24 frames x 12 heads x 16x16 x d64, window 31 (covers)",
+        "float32",
+        providers,
+        flops=4 * dim * side**4 * frames * heads,
+        tolerance=1e-6,
+    )
 
 
 def _sdpa(q, k, v, **options):
@@ -120,6 +145,8 @@ def _unfold(q, k, v, window):
     inside = F.pad(torch.ones(height, width, dtype=torch.bool, device=q.device), (*reach, *reach))
     inside = inside.unfold(0, window, 1).unfold(1, window, 1)
     scores = torch.einsum("bdyx,bdyxij->byxij", q, neighbours(k)).float() * dim**-0.5
-    weights = scores.masked_fill(~inside, float("-inf")).flatten(-2).softmax(-1).to(q.dtype).unflatten(-1, (window, window))
+    weights = (
+        scores.masked_fill(~inside, float("-inf")).flatten(-2).softmax(-1).to(q.dtype).unflatten(-1, (window, window))
+    )
     out = torch.einsum("byxij,bdyxij->byxd", weights, neighbours(v))
     return out.unflatten(0, (frames, heads)).permute(0, 2, 3, 1, 4).contiguous()

@@ -79,13 +79,31 @@ def load_corner(p_map, x, y, width, height, channels, o_c, m, K: tl.constexpr, A
 @triton.jit
 def add_corner(p_map, x, y, width, height, channels, o_c, m, weight, b_g, K: tl.constexpr):
     pixel, has = corner(x, y, width, height, K)
-    tl.atomic_add(p_map + pixel[:, None] * channels + o_c[None, :], weight[:, None] * b_g, mask=m & has[:, None], sem="relaxed")
+    tl.atomic_add(
+        p_map + pixel[:, None] * channels + o_c[None, :], weight[:, None] * b_g, mask=m & has[:, None], sem="relaxed"
+    )
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def bilinear_sample_fwd_kernel(p_map, p_xy, p_out, map_stride, xy_stride, height, width, channels, points, total,
-                               MODE: tl.constexpr, SIGNED: tl.constexpr, ALIGN: tl.constexpr, BORDER: tl.constexpr,
-                               ACC: tl.constexpr, POINTS: tl.constexpr, CHANNELS: tl.constexpr):
+def bilinear_sample_fwd_kernel(
+    p_map,
+    p_xy,
+    p_out,
+    map_stride,
+    xy_stride,
+    height,
+    width,
+    channels,
+    points,
+    total,
+    MODE: tl.constexpr,
+    SIGNED: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BORDER: tl.constexpr,
+    ACC: tl.constexpr,
+    POINTS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
     o_p = tl.program_id(0).to(tl.int64) * POINTS + tl.arange(0, POINTS)
     m_p = o_p < total
     b, n = o_p // points, o_p % points
@@ -107,10 +125,30 @@ def bilinear_sample_fwd_kernel(p_map, p_xy, p_out, map_stride, xy_stride, height
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def bilinear_sample_bwd_kernel(p_d_out, p_map, p_xy, p_d_map, p_d_xy, d_out_stride, map_stride, xy_stride, height, width,
-                               channels, points, total, MODE: tl.constexpr, SIGNED: tl.constexpr, ALIGN: tl.constexpr,
-                               BORDER: tl.constexpr, SCATTER: tl.constexpr, DOTS: tl.constexpr, ACC: tl.constexpr,
-                               POINTS: tl.constexpr, CHANNELS: tl.constexpr):
+def bilinear_sample_bwd_kernel(
+    p_d_out,
+    p_map,
+    p_xy,
+    p_d_map,
+    p_d_xy,
+    d_out_stride,
+    map_stride,
+    xy_stride,
+    height,
+    width,
+    channels,
+    points,
+    total,
+    MODE: tl.constexpr,
+    SIGNED: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BORDER: tl.constexpr,
+    SCATTER: tl.constexpr,
+    DOTS: tl.constexpr,
+    ACC: tl.constexpr,
+    POINTS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
     o_p = tl.program_id(0).to(tl.int64) * POINTS + tl.arange(0, POINTS)
     m_p = o_p < total
     b, n = o_p // points, o_p % points
@@ -147,10 +185,34 @@ def bilinear_sample_bwd_kernel(p_d_out, p_map, p_xy, p_d_map, p_d_xy, d_out_stri
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def bilinear_sample_bwd_bwd_kernel(p_gg_map, p_gg_xy, p_d_out, p_map, p_xy, p_d_d_out, p_d_map, p_d_xy, gg_map_stride,
-                                   gg_xy_stride, d_out_stride, map_stride, xy_stride, height, width, channels, points, total,
-                                   SIGNED: tl.constexpr, ALIGN: tl.constexpr, BORDER: tl.constexpr, HAS_H: tl.constexpr,
-                                   SCATTER: tl.constexpr, ACC: tl.constexpr, POINTS: tl.constexpr, CHANNELS: tl.constexpr):
+def bilinear_sample_bwd_bwd_kernel(
+    p_gg_map,
+    p_gg_xy,
+    p_d_out,
+    p_map,
+    p_xy,
+    p_d_d_out,
+    p_d_map,
+    p_d_xy,
+    gg_map_stride,
+    gg_xy_stride,
+    d_out_stride,
+    map_stride,
+    xy_stride,
+    height,
+    width,
+    channels,
+    points,
+    total,
+    SIGNED: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BORDER: tl.constexpr,
+    HAS_H: tl.constexpr,
+    SCATTER: tl.constexpr,
+    ACC: tl.constexpr,
+    POINTS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
     o_p = tl.program_id(0).to(tl.int64) * POINTS + tl.arange(0, POINTS)
     m_p = o_p < total
     b, n = o_p // points, o_p % points
@@ -200,10 +262,28 @@ def bilinear_sample_bwd_bwd_kernel(p_gg_map, p_gg_xy, p_d_out, p_map, p_xy, p_d_
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def bilinear_sample_by_cell_kernel(p_gg_xy, p_d_out, p_xy, p_d_map, p_order, p_starts, gg_xy_stride, d_out_stride, xy_stride,
-                                   height, width, channels, points, MODE: tl.constexpr, SIGNED: tl.constexpr,
-                                   ALIGN: tl.constexpr, BORDER: tl.constexpr, HAS_U: tl.constexpr, ACC: tl.constexpr,
-                                   CHANNELS: tl.constexpr):
+def bilinear_sample_by_cell_kernel(
+    p_gg_xy,
+    p_d_out,
+    p_xy,
+    p_d_map,
+    p_order,
+    p_starts,
+    gg_xy_stride,
+    d_out_stride,
+    xy_stride,
+    height,
+    width,
+    channels,
+    points,
+    MODE: tl.constexpr,
+    SIGNED: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BORDER: tl.constexpr,
+    HAS_U: tl.constexpr,
+    ACC: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
     pixel = tl.program_id(0).to(tl.int64)
     o_c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     m_c = o_c < channels
@@ -228,17 +308,26 @@ def bilinear_sample_by_cell_kernel(p_gg_xy, p_d_out, p_xy, p_d_map, p_order, p_s
 
 
 def _rule(mode, coordinates, align_corners, border):
-    return dict(MODE=MODES.index(mode), SIGNED=coordinates == "signed", ALIGN=align_corners, BORDER=BORDERS.index(border))
+    return dict(
+        MODE=MODES.index(mode), SIGNED=coordinates == "signed", ALIGN=align_corners, BORDER=BORDERS.index(border)
+    )
 
 
 def _tile(map, total, area):
     """Points and channels of a program, `area` together; fewer points where there are few. Positions must not be fused."""
     area = area // 2 if map.dtype == torch.float64 else area
     channels = min(triton.next_power_of_2(map.shape[3]), 64)
-    few = 64 if map.device.type == "cpu" else triton.next_power_of_2(triton.cdiv(total, 512))  # the interpreter: one by one
+    few = (
+        64 if map.device.type == "cpu" else triton.next_power_of_2(triton.cdiv(total, 512))
+    )  # the interpreter: one by one
     points = max(1, min(area // channels, 64, few))
-    return dict(POINTS=points, CHANNELS=channels, ACC=tl.float64 if map.dtype == torch.float64 else tl.float32,
-                num_warps=4, enable_fp_fusion=False)
+    return dict(
+        POINTS=points,
+        CHANNELS=channels,
+        ACC=tl.float64 if map.dtype == torch.float64 else tl.float32,
+        num_warps=4,
+        enable_fp_fusion=False,
+    )
 
 
 def fwd(map, xy, out, rule):
@@ -246,7 +335,8 @@ def fwd(map, xy, out, rule):
     total = b * xy.shape[1]
     tile = _tile(map, total, FWD_AREA)
     bilinear_sample_fwd_kernel[(triton.cdiv(total, tile["POINTS"]),)](
-        map, xy, out, map.stride(0), xy.stride(0), h, w, c, xy.shape[1], total, **_rule(*rule), **tile)
+        map, xy, out, map.stride(0), xy.stride(0), h, w, c, xy.shape[1], total, **_rule(*rule), **tile
+    )
 
 
 def bwd(d_out, map, xy, d_map, d_xy, rule):
@@ -259,8 +349,24 @@ def bwd(d_out, map, xy, d_map, d_xy, rule):
     if scatter or dots:
         tile = _tile(map, total, BWD_AREA)
         bilinear_sample_bwd_kernel[(triton.cdiv(total, tile["POINTS"]),)](
-            d_out, map, xy, d_map, d_xy, d_out.stride(0), map.stride(0), xy.stride(0), h, w, c, xy.shape[1], total,
-            **_rule(*rule), SCATTER=scatter, DOTS=dots, **tile)
+            d_out,
+            map,
+            xy,
+            d_map,
+            d_xy,
+            d_out.stride(0),
+            map.stride(0),
+            xy.stride(0),
+            h,
+            w,
+            c,
+            xy.shape[1],
+            total,
+            **_rule(*rule),
+            SCATTER=scatter,
+            DOTS=dots,
+            **tile,
+        )
 
 
 def bwd_bwd(gg_map, gg_xy, d_out, map, xy, d_d_out, d_map, d_xy, rule):
@@ -272,9 +378,29 @@ def bwd_bwd(gg_map, gg_xy, d_out, map, xy, d_d_out, d_map, d_xy, rule):
     tile, codes = _tile(map, total, BWD_AREA), _rule(*rule)
     codes.pop("MODE")
     bilinear_sample_bwd_bwd_kernel[(triton.cdiv(total, tile["POINTS"]),)](
-        gg_map, gg_xy, d_out, map, xy, d_d_out, d_map, d_xy, 0 if gg_map is None else gg_map.stride(0), gg_xy.stride(0),
-        d_out.stride(0), map.stride(0), xy.stride(0), h, w, c, xy.shape[1], total, **codes, HAS_H=gg_map is not None,
-        SCATTER=d_map is not None and not by_cell, **tile)
+        gg_map,
+        gg_xy,
+        d_out,
+        map,
+        xy,
+        d_d_out,
+        d_map,
+        d_xy,
+        0 if gg_map is None else gg_map.stride(0),
+        gg_xy.stride(0),
+        d_out.stride(0),
+        map.stride(0),
+        xy.stride(0),
+        h,
+        w,
+        c,
+        xy.shape[1],
+        total,
+        **codes,
+        HAS_H=gg_map is not None,
+        SCATTER=d_map is not None and not by_cell,
+        **tile,
+    )
 
 
 def _sum_by_cell(gg_xy, d_out, map, xy, d_map, rule):
@@ -284,10 +410,26 @@ def _sum_by_cell(gg_xy, d_out, map, xy, d_map, rule):
     order, starts = sorted_by_cell(xy, h, w, *rule)
     channels = min(triton.next_power_of_2(c), 256)
     bilinear_sample_by_cell_kernel[(b * h * w, triton.cdiv(c, channels))](
-        gg_xy, d_out, xy, d_map, order, starts, 0 if gg_xy is None else gg_xy.stride(0), d_out.stride(0), xy.stride(0),
-        h, w, c, xy.shape[1], **_rule(*rule), HAS_U=gg_xy is not None, CHANNELS=channels,
-        ACC=tl.float64 if map.dtype == torch.float64 else tl.float32, num_warps=1 if channels <= 64 else 4,
-        enable_fp_fusion=False)
+        gg_xy,
+        d_out,
+        xy,
+        d_map,
+        order,
+        starts,
+        0 if gg_xy is None else gg_xy.stride(0),
+        d_out.stride(0),
+        xy.stride(0),
+        h,
+        w,
+        c,
+        xy.shape[1],
+        **_rule(*rule),
+        HAS_U=gg_xy is not None,
+        CHANNELS=channels,
+        ACC=tl.float64 if map.dtype == torch.float64 else tl.float32,
+        num_warps=1 if channels <= 64 else 4,
+        enable_fp_fusion=False,
+    )
 
 
 def aot():
@@ -295,7 +437,10 @@ def aot():
     for dtype, acc in (("fp32", tl.float32), ("bf16", tl.float32), ("fp16", tl.float32), ("fp64", tl.float64)):
         summed = "*fp64" if dtype == "fp64" else "*fp32"
         types = {name: f"*{dtype}" for name in ("p_map", "p_gg_map", "p_out", "p_d_out", "p_d_d_out")}
-        types |= {name: summed for name in ("p_xy", "p_gg_xy", "p_d_xy", "p_d_map")} | {"p_order": "*i64", "p_starts": "*i64"}
+        types |= {name: summed for name in ("p_xy", "p_gg_xy", "p_d_xy", "p_d_map")} | {
+            "p_order": "*i64",
+            "p_starts": "*i64",
+        }
         rule = {"MODE": 0, "SIGNED": True, "ALIGN": False, "BORDER": 2, "ACC": acc}
         for kernel, area, more in (
             (bilinear_sample_fwd_kernel, FWD_AREA, {}),
@@ -304,7 +449,12 @@ def aot():
             (bilinear_sample_by_cell_kernel, 64, {"HAS_U": True}),
         ):
             points = (area // 2 if dtype == "fp64" else area) // 64
-            constants = {name: value for name, value in (rule | more | {"CHANNELS": 64, "POINTS": points}).items()
-                         if name in kernel.arg_names}
-            signature = {name: "constexpr" if name in constants else types.get(name, "i64") for name in kernel.arg_names}
+            constants = {
+                name: value
+                for name, value in (rule | more | {"CHANNELS": 64, "POINTS": points}).items()
+                if name in kernel.arg_names
+            }
+            signature = {
+                name: "constexpr" if name in constants else types.get(name, "i64") for name in kernel.arg_names
+            }
             yield kernel, signature, constants, {"num_warps": 1 if area == 64 else 4, "enable_fp_fusion": False}

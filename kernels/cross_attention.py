@@ -56,10 +56,40 @@ def _power(b_difference, C: tl.constexpr):
 
 
 @triton.jit
-def forward_kernel(p_q, p_k, p_v, p_mask, p_out, p_stats, q_b, q_t, q_h, q_c, k_b, k_t, k_h, k_c, v_b, v_t, v_h, v_c,
-                   queries, keys, heads, size: tl.constexpr, value_size: tl.constexpr, ALIGNED: tl.constexpr,
-                C: tl.constexpr, HAS_MASK: tl.constexpr, ACC: tl.constexpr,
-                   DOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr):
+def forward_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_mask,
+    p_out,
+    p_stats,
+    q_b,
+    q_t,
+    q_h,
+    q_c,
+    k_b,
+    k_t,
+    k_h,
+    k_c,
+    v_b,
+    v_t,
+    v_h,
+    v_c,
+    queries,
+    keys,
+    heads,
+    size: tl.constexpr,
+    value_size: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    C: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    ACC: tl.constexpr,
+    DOT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+    BE: tl.constexpr,
+):
     tiles = (queries + BM - 1) // BM
     head = (tl.program_id(0) // tiles).to(tl.int64)
     b, h = head // heads, head % heads
@@ -90,8 +120,11 @@ def forward_kernel(p_q, p_k, p_v, p_mask, p_out, p_stats, q_b, q_t, q_h, q_c, k_
     b_any = b_largest != float("-inf")  # (NaN counts)
     b_factor = tl.where(b_any, 1 / tl.where(b_any, b_total, 1.0), 0.0)
     p_out += ((b * queries + start) * heads + h) * value_size
-    tl.store(p_out + o_m[:, None] * heads * value_size + o_e[None, :], (b_out * b_factor[:, None]).to(p_out.dtype.element_ty),
-             mask=m_m[:, None] & m_e[None, :])
+    tl.store(
+        p_out + o_m[:, None] * heads * value_size + o_e[None, :],
+        (b_out * b_factor[:, None]).to(p_out.dtype.element_ty),
+        mask=m_m[:, None] & m_e[None, :],
+    )
     p_stats += head * 2 * queries + start
     tl.store(p_stats + o_m, tl.where(b_any, b_largest, 0.0), mask=m_m)
     tl.store(p_stats + queries + o_m, b_factor, mask=m_m)
@@ -106,11 +139,47 @@ def _weights(b_q, b_k, b_do, b_v, b_largest, b_factor, m_n, C: tl.constexpr, ACC
 
 
 @triton.jit
-def d_q_kernel(p_q, p_k, p_v, p_mask, p_do, p_stats, p_delta, p_dq, q_b, q_t, q_h, q_c, k_b, k_t, k_h, k_c, v_b, v_t, v_h, v_c,
-               do_b, do_t, do_h, do_c, queries, keys, heads, size: tl.constexpr, value_size: tl.constexpr, ALIGNED: tl.constexpr,
-                C: tl.constexpr, SCALE: tl.constexpr,
-               HAS_MASK: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-               BE: tl.constexpr):
+def d_q_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_mask,
+    p_do,
+    p_stats,
+    p_delta,
+    p_dq,
+    q_b,
+    q_t,
+    q_h,
+    q_c,
+    k_b,
+    k_t,
+    k_h,
+    k_c,
+    v_b,
+    v_t,
+    v_h,
+    v_c,
+    do_b,
+    do_t,
+    do_h,
+    do_c,
+    queries,
+    keys,
+    heads,
+    size: tl.constexpr,
+    value_size: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    C: tl.constexpr,
+    SCALE: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    ACC: tl.constexpr,
+    DOT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+    BE: tl.constexpr,
+):
     tiles = (queries + BM - 1) // BM
     head = (tl.program_id(0) // tiles).to(tl.int64)
     b, h = head // heads, head % heads
@@ -148,16 +217,56 @@ def d_q_kernel(p_q, p_k, p_v, p_mask, p_do, p_stats, p_delta, p_dq, q_b, q_t, q_
         p_k_tile += BN * k_t
         p_v_tile += BN * v_t
     p_dq += ((b * queries + start) * heads + h) * size
-    tl.store(p_dq + o_m[:, None] * heads * size + o_d[None, :], (b_dq * SCALE).to(p_dq.dtype.element_ty),
-             mask=m_m[:, None] & m_d[None, :])
+    tl.store(
+        p_dq + o_m[:, None] * heads * size + o_d[None, :],
+        (b_dq * SCALE).to(p_dq.dtype.element_ty),
+        mask=m_m[:, None] & m_d[None, :],
+    )
 
 
 @triton.jit
-def d_kv_kernel(p_q, p_k, p_v, p_mask, p_do, p_stats, p_delta, p_dk, p_dv, q_b, q_t, q_h, q_c, k_b, k_t, k_h, k_c,
-                v_b, v_t, v_h, v_c, do_b, do_t, do_h, do_c, queries, keys, heads, size: tl.constexpr, value_size: tl.constexpr, ALIGNED: tl.constexpr,
-                C: tl.constexpr,
-                SCALE: tl.constexpr, HAS_MASK: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                BD: tl.constexpr, BE: tl.constexpr):
+def d_kv_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_mask,
+    p_do,
+    p_stats,
+    p_delta,
+    p_dk,
+    p_dv,
+    q_b,
+    q_t,
+    q_h,
+    q_c,
+    k_b,
+    k_t,
+    k_h,
+    k_c,
+    v_b,
+    v_t,
+    v_h,
+    v_c,
+    do_b,
+    do_t,
+    do_h,
+    do_c,
+    queries,
+    keys,
+    heads,
+    size: tl.constexpr,
+    value_size: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    C: tl.constexpr,
+    SCALE: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    ACC: tl.constexpr,
+    DOT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+    BE: tl.constexpr,
+):
     tiles = (keys + BN - 1) // BN
     head = (tl.program_id(0) // tiles).to(tl.int64)
     b, h = head // heads, head % heads
@@ -190,10 +299,16 @@ def d_kv_kernel(p_q, p_k, p_v, p_mask, p_do, p_stats, p_delta, p_dk, p_dv, q_b, 
     m_n = o_n < keys - start
     p_dk += ((b * keys + start) * heads + h) * size
     p_dv += ((b * keys + start) * heads + h) * value_size
-    tl.store(p_dk + o_n[:, None] * heads * size + o_d[None, :], (b_dk * SCALE).to(p_dk.dtype.element_ty),
-             mask=m_n[:, None] & m_d[None, :])
-    tl.store(p_dv + o_n[:, None] * heads * value_size + o_e[None, :], b_dv.to(p_dv.dtype.element_ty),
-             mask=m_n[:, None] & m_e[None, :])
+    tl.store(
+        p_dk + o_n[:, None] * heads * size + o_d[None, :],
+        (b_dk * SCALE).to(p_dk.dtype.element_ty),
+        mask=m_n[:, None] & m_d[None, :],
+    )
+    tl.store(
+        p_dv + o_n[:, None] * heads * value_size + o_e[None, :],
+        b_dv.to(p_dv.dtype.element_ty),
+        mask=m_n[:, None] & m_e[None, :],
+    )
 
 
 def _tiles(size, value_size, itemsize, backward):
@@ -205,7 +320,9 @@ def _tiles(size, value_size, itemsize, backward):
     elif itemsize == 2:
         bm, bn, warps, stages = (64, 64, 4, 2) if row <= 128 else (64, 32, 8, 1) if row <= 256 else (32, 32, 8, 1)
     else:
-        bm, bn, warps, stages = (32, 32, 8 if backward else 4, 1) if row <= (256 if backward else 512) else (16, 16, 4, 1)
+        bm, bn, warps, stages = (
+            (32, 32, 8 if backward else 4, 1) if row <= (256 if backward else 512) else (16, 16, 4, 1)
+        )
     return {"BM": bm, "BN": bn, "BD": bd, "BE": be}, {"num_warps": warps, "num_stages": stages}
 
 
@@ -224,8 +341,10 @@ def _mask_bytes(q, mask):
 
 def _aligned(*tensors):
     """Whether every row of channels is contiguous and starts at a multiple of 16 bytes."""
-    return all(x.stride(3) == 1 and all(n % 16 == 0 for n in (x.data_ptr(), *(s * x.element_size() for s in x.stride()[:3])))
-               for x in tensors)
+    return all(
+        x.stride(3) == 1 and all(n % 16 == 0 for n in (x.data_ptr(), *(s * x.element_size() for s in x.stride()[:3])))
+        for x in tensors
+    )
 
 
 def _near(x):
@@ -240,8 +359,21 @@ def forward(q, k, v, mask, scale, out, stats):
     sizes = (q.shape[1], k.shape[1], q.shape[2], q.shape[3], v.shape[3], _aligned(q, k, v))
     programs = q.shape[0] * q.shape[2] * triton.cdiv(q.shape[1], blocks["BM"])
     if programs:
-        forward_kernel[(programs,)](q, k, v, _mask_bytes(q, mask), out, stats, *q.stride(), *k.stride(), *v.stride(), *sizes,
-                                    **_constants(q, mask, scale), **blocks, **options)
+        forward_kernel[(programs,)](
+            q,
+            k,
+            v,
+            _mask_bytes(q, mask),
+            out,
+            stats,
+            *q.stride(),
+            *k.stride(),
+            *v.stride(),
+            *sizes,
+            **_constants(q, mask, scale),
+            **blocks,
+            **options,
+        )
 
 
 def backward(d_out, q, k, v, mask, scale, stats, d_q, d_k, d_v):
@@ -266,12 +398,27 @@ def aot():
         for kernel in (forward_kernel, d_q_kernel, d_kv_kernel):
             blocks, options = _tiles(size, size, itemsize, kernel is not forward_kernel)
             dot = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32, "fp64": tl.float64}[dtype]
-            constants = {"C": 0.18, "SCALE": 0.125, "HAS_MASK": False, "ALIGNED": True, "DOT": dot,
-                         "ACC": tl.float64 if acc == "fp64" else tl.float32, "size": size, "value_size": size} | blocks
+            constants = {
+                "C": 0.18,
+                "SCALE": 0.125,
+                "HAS_MASK": False,
+                "ALIGNED": True,
+                "DOT": dot,
+                "ACC": tl.float64 if acc == "fp64" else tl.float32,
+                "size": size,
+                "value_size": size,
+            } | blocks
             constants = {name: constants[name] for name in kernel.arg_names if name in constants}
             pointers = {"p_stats": f"*{acc}", "p_delta": f"*{acc}", "p_mask": "*u8"}
-            signature = {name: "constexpr" if name in constants else pointers.get(name, f"*{dtype}") if name.startswith("p_")
-                         else "constexpr" if name.endswith("_c") else "i32"
-                         for name in kernel.arg_names}
+            signature = {
+                name: "constexpr"
+                if name in constants
+                else pointers.get(name, f"*{dtype}")
+                if name.startswith("p_")
+                else "constexpr"
+                if name.endswith("_c")
+                else "i32"
+                for name in kernel.arg_names
+            }
             strides = {name: 1 for name, kind in signature.items() if kind == "constexpr" and name not in constants}
             yield kernel, signature, constants | strides, options

@@ -19,10 +19,26 @@ import triton
 import triton.language as tl
 
 TWO_OVER_PI = (
-    0x0000000000000000, 0xA2F9836E4E441529, 0xFC2757D1F534DDC0, 0xDB6295993C439041, 0xFE5163ABDEBBC561,
-    0xB7246E3A424DD2E0, 0x06492EEA09D1921C, 0xFE1DEB1CB129A73E, 0xE88235F52EBB4484, 0xE99C7026B45F7E41,
-    0x3991D639835339F4, 0x9C845F8BBDF9283B, 0x1FF897FFDE05980F, 0xEF2F118B5A0A6D1F, 0x6D367ECF27CB09B7,
-    0x4F463F669E5FEA2D, 0x7527BAC7EBE5F17B, 0x3D0739F78A5292EA, 0x6BFB5FB11F8D5D08, 0x56033046FC7B6BAB,
+    0x0000000000000000,
+    0xA2F9836E4E441529,
+    0xFC2757D1F534DDC0,
+    0xDB6295993C439041,
+    0xFE5163ABDEBBC561,
+    0xB7246E3A424DD2E0,
+    0x06492EEA09D1921C,
+    0xFE1DEB1CB129A73E,
+    0xE88235F52EBB4484,
+    0xE99C7026B45F7E41,
+    0x3991D639835339F4,
+    0x9C845F8BBDF9283B,
+    0x1FF897FFDE05980F,
+    0xEF2F118B5A0A6D1F,
+    0x6D367ECF27CB09B7,
+    0x4F463F669E5FEA2D,
+    0x7527BAC7EBE5F17B,
+    0x3D0739F78A5292EA,
+    0x6BFB5FB11F8D5D08,
+    0x56033046FC7B6BAB,
     0xF0CFBC209AF4361D,
 )
 
@@ -75,10 +91,22 @@ def _sincos(x, f, p_table, ACC: tl.constexpr):
     r = r.to(ACC)
     z = r * r
     if ACC == tl.float64:
-        s = ((((1.58969099521155010221e-10 * z - 2.50507602534068634195e-8) * z + 2.75573137070700676789e-6) * z
-              - 1.98412698298579493134e-4) * z + 8.33333333332248946124e-3) * z - 1.66666666666666324348e-1
-        c = (((((-1.13596475577881948265e-11 * z + 2.08757232129817482790e-9) * z - 2.75573143513906633035e-7) * z
-               + 2.48015872894767294178e-5) * z - 1.38888888888741095749e-3) * z + 4.16666666666666019037e-2)
+        s = (
+            (
+                ((1.58969099521155010221e-10 * z - 2.50507602534068634195e-8) * z + 2.75573137070700676789e-6) * z
+                - 1.98412698298579493134e-4
+            )
+            * z
+            + 8.33333333332248946124e-3
+        ) * z - 1.66666666666666324348e-1
+        c = (
+            (
+                ((-1.13596475577881948265e-11 * z + 2.08757232129817482790e-9) * z - 2.75573143513906633035e-7) * z
+                + 2.48015872894767294178e-5
+            )
+            * z
+            - 1.38888888888741095749e-3
+        ) * z + 4.16666666666666019037e-2
     else:
         s = (-1.9515295891e-4 * z + 8.3321608736e-3) * z - 1.6666654611e-1
         c = (2.443315711809948e-5 * z - 1.388731625493765e-3) * z + 4.166664568298827e-2
@@ -105,8 +133,21 @@ def embed_kernel(p_x, p_f, p_table, p_out, angles, dims, bands, BLOCK: tl.conste
 
 
 @triton.jit
-def backward_kernel(p_d_out, p_x, p_f, p_table, p_d_x, p_d_f, coordinates, dims, bands, CHUNK: tl.constexpr,
-                    ROWS: tl.constexpr, BANDS: tl.constexpr, ACC: tl.constexpr):
+def backward_kernel(
+    p_d_out,
+    p_x,
+    p_f,
+    p_table,
+    p_d_x,
+    p_d_f,
+    coordinates,
+    dims,
+    bands,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    BANDS: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """d_x (band blocks, N D) and d_f (programs, F): parts, to be added along their first axes."""
     o_f = tl.program_id(1) * BANDS + tl.arange(0, BANDS)
     m_f = o_f < bands
@@ -128,8 +169,24 @@ def backward_kernel(p_d_out, p_x, p_f, p_table, p_d_x, p_d_f, coordinates, dims,
 
 
 @triton.jit
-def linear_kernel(p_x, p_f, p_table, p_weight, p_bias, p_out, rows, dims, bands, features, BIAS: tl.constexpr, WIDEN: tl.constexpr,
-                  ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, ACC: tl.constexpr):
+def linear_kernel(
+    p_x,
+    p_f,
+    p_table,
+    p_weight,
+    p_bias,
+    p_out,
+    rows,
+    dims,
+    bands,
+    features,
+    BIAS: tl.constexpr,
+    WIDEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    ACC: tl.constexpr,
+):
     o_n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     o_m = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     m_n, m_m = o_n < rows, o_m < features
@@ -170,8 +227,17 @@ def _acc(frequencies):
 def embed(x, frequencies, out):
     """Launches over contiguous, non-empty tensors."""
     angles, block = x.numel() * frequencies.shape[0], 512
-    embed_kernel[(triton.cdiv(angles, block),)](x, frequencies, _table(x.device), out, angles, x.shape[-1],
-                                                frequencies.shape[0], BLOCK=block, ACC=_acc(frequencies))
+    embed_kernel[(triton.cdiv(angles, block),)](
+        x,
+        frequencies,
+        _table(x.device),
+        out,
+        angles,
+        x.shape[-1],
+        frequencies.shape[0],
+        BLOCK=block,
+        ACC=_acc(frequencies),
+    )
 
 
 def embed_backward(d_out, x, frequencies, d_x, d_frequencies):
@@ -182,8 +248,21 @@ def embed_backward(d_out, x, frequencies, d_x, d_frequencies):
     grid = triton.cdiv(coordinates, chunk), triton.cdiv(bands, block)
     x_parts = frequencies.new_empty((grid[1], coordinates))
     f_parts = frequencies.new_empty((grid[0], bands))
-    backward_kernel[grid](d_out, x, frequencies, _table(x.device), x_parts, f_parts, coordinates, x.shape[-1], bands,
-                          CHUNK=chunk, ROWS=1024 // block, BANDS=block, ACC=_acc(frequencies))
+    backward_kernel[grid](
+        d_out,
+        x,
+        frequencies,
+        _table(x.device),
+        x_parts,
+        f_parts,
+        coordinates,
+        x.shape[-1],
+        bands,
+        CHUNK=chunk,
+        ROWS=1024 // block,
+        BANDS=block,
+        ACC=_acc(frequencies),
+    )
     d_x.copy_(x_parts.sum(0).view_as(d_x))
     d_frequencies.copy_(f_parts.sum(0))
 
@@ -194,22 +273,79 @@ def linear(x, frequencies, weight, bias, out):
     rows = x.numel() // dims
     tile = {"ROWS": 64, "COLUMNS": 64 if features > 32 else 32, "DEPTH": 16}
     linear_kernel[(triton.cdiv(rows, tile["ROWS"]), triton.cdiv(features, tile["COLUMNS"]))](
-        x, frequencies, _table(x.device), weight, weight if bias is None else bias, out, rows, dims, bands, features,
-        BIAS=bias is not None, WIDEN=weight.dtype == torch.bfloat16 and INTERPRETED, ACC=_acc(frequencies), **tile)
+        x,
+        frequencies,
+        _table(x.device),
+        weight,
+        weight if bias is None else bias,
+        out,
+        rows,
+        dims,
+        bands,
+        features,
+        BIAS=bias is not None,
+        WIDEN=weight.dtype == torch.bfloat16 and INTERPRETED,
+        ACC=_acc(frequencies),
+        **tile,
+    )
 
 
 def aot():
     """(kernel, signature, constexprs, options) of what runs hot, for compilation without a GPU."""
     for dtype in ("fp32", "bf16"):
         pointers = {"p_x": f"*{dtype}", "p_f": "*fp32", "p_table": "*u64"}
-        yield (embed_kernel, {**pointers, "p_out": f"*{dtype}", "angles": "i64", "dims": "i32", "bands": "i32",
-                              "BLOCK": "constexpr", "ACC": "constexpr"}, {"BLOCK": 512, "ACC": tl.float32}, {})
+        yield (
+            embed_kernel,
+            {
+                **pointers,
+                "p_out": f"*{dtype}",
+                "angles": "i64",
+                "dims": "i32",
+                "bands": "i32",
+                "BLOCK": "constexpr",
+                "ACC": "constexpr",
+            },
+            {"BLOCK": 512, "ACC": tl.float32},
+            {},
+        )
         for bands in (16, 64):
-            yield (backward_kernel, {"p_d_out": f"*{dtype}", **pointers, "p_d_x": "*fp32", "p_d_f": "*fp32",
-                                     "coordinates": "i64", "dims": "i32", "bands": "i32", "CHUNK": "constexpr", "ROWS": "constexpr",
-                                     "BANDS": "constexpr", "ACC": "constexpr"},
-                   {"CHUNK": 1024, "ROWS": 1024 // bands, "BANDS": bands, "ACC": tl.float32}, {})
-        yield (linear_kernel, {**pointers, "p_x": "*fp32", "p_weight": f"*{dtype}", "p_bias": f"*{dtype}", "p_out": f"*{dtype}",
-                               "rows": "i64", "dims": "i32", "bands": "i32", "features": "i32", "BIAS": "constexpr", "WIDEN": "constexpr",
-                               "ROWS": "constexpr", "COLUMNS": "constexpr", "DEPTH": "constexpr", "ACC": "constexpr"},
-               {"BIAS": True, "WIDEN": False, "ROWS": 64, "COLUMNS": 64, "DEPTH": 16, "ACC": tl.float32}, {})
+            yield (
+                backward_kernel,
+                {
+                    "p_d_out": f"*{dtype}",
+                    **pointers,
+                    "p_d_x": "*fp32",
+                    "p_d_f": "*fp32",
+                    "coordinates": "i64",
+                    "dims": "i32",
+                    "bands": "i32",
+                    "CHUNK": "constexpr",
+                    "ROWS": "constexpr",
+                    "BANDS": "constexpr",
+                    "ACC": "constexpr",
+                },
+                {"CHUNK": 1024, "ROWS": 1024 // bands, "BANDS": bands, "ACC": tl.float32},
+                {},
+            )
+        yield (
+            linear_kernel,
+            {
+                **pointers,
+                "p_x": "*fp32",
+                "p_weight": f"*{dtype}",
+                "p_bias": f"*{dtype}",
+                "p_out": f"*{dtype}",
+                "rows": "i64",
+                "dims": "i32",
+                "bands": "i32",
+                "features": "i32",
+                "BIAS": "constexpr",
+                "WIDEN": "constexpr",
+                "ROWS": "constexpr",
+                "COLUMNS": "constexpr",
+                "DEPTH": "constexpr",
+                "ACC": "constexpr",
+            },
+            {"BIAS": True, "WIDEN": False, "ROWS": 64, "COLUMNS": 64, "DEPTH": 16, "ACC": tl.float32},
+            {},
+        )

@@ -49,8 +49,21 @@ def _clamp(i, length):
 
 
 @triton.jit
-def _elements(o, p_t, p_points, m, points, frames, height, width, channels, size, MODE: tl.constexpr,
-              COORDINATES: tl.constexpr, SHIFT: tl.constexpr):
+def _elements(
+    o,
+    p_t,
+    p_points,
+    m,
+    points,
+    frames,
+    height,
+    width,
+    channels,
+    size,
+    MODE: tl.constexpr,
+    COORDINATES: tl.constexpr,
+    SHIFT: tl.constexpr,
+):
     """Of elements o of the patches: batch, frame, channel, and row and column with their fractions and slopes."""
     c, j = o % channels, o // channels % size
     i, n = o // channels // size % size, o // channels // size // size
@@ -61,13 +74,34 @@ def _elements(o, p_t, p_points, m, points, frames, height, width, channels, size
 
 
 @triton.jit
-def gather_kernel(p_video, p_t, p_points, p_out, elements, points, frames, height, width, channels, size,
-                  s_b, s_t, s_h, s_w, s_c, MODE: tl.constexpr, COORDINATES: tl.constexpr, SHIFT: tl.constexpr,
-                  BLOCK: tl.constexpr, ACC: tl.constexpr):
+def gather_kernel(
+    p_video,
+    p_t,
+    p_points,
+    p_out,
+    elements,
+    points,
+    frames,
+    height,
+    width,
+    channels,
+    size,
+    s_b,
+    s_t,
+    s_h,
+    s_w,
+    s_c,
+    MODE: tl.constexpr,
+    COORDINATES: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+):
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m = o < elements
-    b, t, c, y, x, f_y, f_x, _, _ = _elements(o, p_t, p_points, m, points, frames, height, width, channels, size, MODE,
-                                              COORDINATES, SHIFT)
+    b, t, c, y, x, f_y, f_x, _, _ = _elements(
+        o, p_t, p_points, m, points, frames, height, width, channels, size, MODE, COORDINATES, SHIFT
+    )
     p_frame = p_video + b * s_b + t * s_t + c * s_c
     x_0, y_0 = _clamp(x, width) * s_w, _clamp(y, height) * s_h
     v_00 = tl.load(p_frame + y_0 + x_0, mask=m, other=0)
@@ -86,13 +120,29 @@ def gather_kernel(p_video, p_t, p_points, p_out, elements, points, frames, heigh
 
 
 @triton.jit
-def video_backward_kernel(p_d_out, p_t, p_points, p_d_video, elements, points, frames, height, width, channels, size,
-                          MODE: tl.constexpr, COORDINATES: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
-                          ACC: tl.constexpr):
+def video_backward_kernel(
+    p_d_out,
+    p_t,
+    p_points,
+    p_d_video,
+    elements,
+    points,
+    frames,
+    height,
+    width,
+    channels,
+    size,
+    MODE: tl.constexpr,
+    COORDINATES: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+):
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m = o < elements
-    b, t, c, y, x, f_y, f_x, _, _ = _elements(o, p_t, p_points, m, points, frames, height, width, channels, size, MODE,
-                                              COORDINATES, SHIFT)
+    b, t, c, y, x, f_y, f_x, _, _ = _elements(
+        o, p_t, p_points, m, points, frames, height, width, channels, size, MODE, COORDINATES, SHIFT
+    )
     d = tl.load(p_d_out + o, mask=m, other=0.0).to(ACC)
     p_frame = p_d_video + (b * frames + t) * height * width * channels + c
     x_0, y_0 = _clamp(x, width), _clamp(y, height)
@@ -108,9 +158,28 @@ def video_backward_kernel(p_d_out, p_t, p_points, p_d_video, elements, points, f
 
 
 @triton.jit
-def points_backward_kernel(p_d_out, p_video, p_t, p_points, p_d_points, points, frames, height, width, channels, size,
-                           s_b, s_t, s_h, s_w, s_c, COORDINATES: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
-                           ACC: tl.constexpr):
+def points_backward_kernel(
+    p_d_out,
+    p_video,
+    p_t,
+    p_points,
+    p_d_points,
+    points,
+    frames,
+    height,
+    width,
+    channels,
+    size,
+    s_b,
+    s_t,
+    s_h,
+    s_w,
+    s_c,
+    COORDINATES: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+):
     n = tl.program_id(0).to(tl.int64)
     per_point = size * size * channels
     u, v = tl.load(p_points + 2 * n), tl.load(p_points + 2 * n + 1)
@@ -149,8 +218,20 @@ def _options(mode, coordinates, border):
 def gather(video, t, points, out, size, mode, coordinates, border):
     """Launches over non-empty tensors, contiguous but for the video."""
     grid = (triton.cdiv(out.numel(), 256),)
-    gather_kernel[grid](video, t, points, out, out.numel(), t.shape[1], *video.shape[1:], size, *video.stride(), BLOCK=256,
-                        ACC=_acc(video), **_options(mode, coordinates, border))
+    gather_kernel[grid](
+        video,
+        t,
+        points,
+        out,
+        out.numel(),
+        t.shape[1],
+        *video.shape[1:],
+        size,
+        *video.stride(),
+        BLOCK=256,
+        ACC=_acc(video),
+        **_options(mode, coordinates, border),
+    )
 
 
 def gather_backward(d_out, video, t, points, d_video, d_points, size, mode, coordinates, border):
@@ -160,12 +241,25 @@ def gather_backward(d_out, video, t, points, d_video, d_points, size, mode, coor
         wide = torch.float64 if video.dtype == torch.float64 else torch.float32
         total = torch.zeros(d_video.shape, dtype=wide, device=video.device)
         video_backward_kernel[(triton.cdiv(d_out.numel(), 256),)](
-            d_out, t, points, total, d_out.numel(), t.shape[1], *shape, size, BLOCK=256, ACC=_acc(video), **options)
+            d_out, t, points, total, d_out.numel(), t.shape[1], *shape, size, BLOCK=256, ACC=_acc(video), **options
+        )
         d_video.copy_(total)
     if d_points.numel():
         del options["MODE"]
-        points_backward_kernel[(t.numel(),)](d_out, video, t, points, d_points, t.shape[1], *shape, size, *video.stride(),
-                                             BLOCK=256, ACC=_acc(video), **options)
+        points_backward_kernel[(t.numel(),)](
+            d_out,
+            video,
+            t,
+            points,
+            d_points,
+            t.shape[1],
+            *shape,
+            size,
+            *video.stride(),
+            BLOCK=256,
+            ACC=_acc(video),
+            **options,
+        )
 
 
 def aot():
@@ -176,12 +270,32 @@ def aot():
         constexprs = {"MODE": mode, "COORDINATES": 0, "SHIFT": True, "BLOCK": 256, "ACC": tl.float32}
         names = dict.fromkeys(constexprs, "constexpr")
         where = {"p_t": "*i64", "p_points": "*fp32"}
-        yield (gather_kernel, {"p_video": f"*{dtype}", **where, "p_out": f"*{dtype}", "elements": "i64", **sizes, **strides,
-                               **names}, constexprs, {})
+        yield (
+            gather_kernel,
+            {"p_video": f"*{dtype}", **where, "p_out": f"*{dtype}", "elements": "i64", **sizes, **strides, **names},
+            constexprs,
+            {},
+        )
         if dtype != "u8":
-            yield (video_backward_kernel, {"p_d_out": f"*{dtype}", **where, "p_d_video": "*fp32", "elements": "i64",
-                                           **sizes, **names}, constexprs, {})
+            yield (
+                video_backward_kernel,
+                {"p_d_out": f"*{dtype}", **where, "p_d_video": "*fp32", "elements": "i64", **sizes, **names},
+                constexprs,
+                {},
+            )
         if mode == 2:
             points = {k: v for k, v in constexprs.items() if k != "MODE"}
-            yield (points_backward_kernel, {"p_d_out": f"*{dtype}", "p_video": f"*{dtype}", **where, "p_d_points": "*fp32",
-                                            **sizes, **strides, **dict.fromkeys(points, "constexpr")}, points, {})
+            yield (
+                points_backward_kernel,
+                {
+                    "p_d_out": f"*{dtype}",
+                    "p_video": f"*{dtype}",
+                    **where,
+                    "p_d_points": "*fp32",
+                    **sizes,
+                    **strides,
+                    **dict.fromkeys(points, "constexpr"),
+                },
+                points,
+                {},
+            )

@@ -19,8 +19,20 @@ ROWS = 8
 
 
 @triton.jit
-def resize_wide_kernel(p_x, p_out, p_first, p_count, p_weights, columns, rows, inner, room,
-                       ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
+def resize_wide_kernel(
+    p_x,
+    p_out,
+    p_first,
+    p_count,
+    p_weights,
+    columns,
+    rows,
+    inner,
+    room,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+):
     o = tl.program_id(2).to(tl.int64)
     o_i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m_i = o_i < inner
@@ -36,8 +48,20 @@ def resize_wide_kernel(p_x, p_out, p_first, p_count, p_weights, columns, rows, i
 
 
 @triton.jit
-def resize_narrow_kernel(p_x, p_out, p_first, p_count, p_weights, columns, rows, inner, room, elements,
-                         BLOCK: tl.constexpr, ACC: tl.constexpr):
+def resize_narrow_kernel(
+    p_x,
+    p_out,
+    p_first,
+    p_count,
+    p_weights,
+    columns,
+    rows,
+    inner,
+    room,
+    elements,
+    BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+):
     o_e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m_e = o_e < elements
     o_i, o_r, o = o_e % inner, o_e // inner % rows, o_e // inner // rows
@@ -62,7 +86,9 @@ def _tables(n_in, n_out, method, antialias, adjoint, device, dtype):
     first = used.int().argmax(1)
     count = torch.where(used.any(1), matrix.shape[1] - used.flip(1).int().argmax(1) - first, 0)
     column = first[:, None] + torch.arange(max(int(count.max()), 1))
-    weights = torch.where(column < (first + count)[:, None], matrix.gather(1, column.clamp_max(matrix.shape[1] - 1)), 0.0)
+    weights = torch.where(
+        column < (first + count)[:, None], matrix.gather(1, column.clamp_max(matrix.shape[1] - 1)), 0.0
+    )
     return first.int().to(device), count.int().to(device), weights.to(device, dtype).contiguous()
 
 
@@ -74,11 +100,13 @@ def resize_axis(x, out, outer, n_in, n_out, inner, method, antialias, adjoint):
     if inner < 32 or outer > 65535:
         elements, block = outer * rows * inner, 256
         resize_narrow_kernel[(triton.cdiv(elements, block),)](
-            x, out, first, count, weights, columns, rows, inner, weights.shape[1], elements, BLOCK=block, ACC=acc)
+            x, out, first, count, weights, columns, rows, inner, weights.shape[1], elements, BLOCK=block, ACC=acc
+        )
         return
     block = min(1024, triton.next_power_of_2(inner))
     resize_wide_kernel[(triton.cdiv(inner, block), triton.cdiv(rows, ROWS), outer)](
-        x, out, first, count, weights, columns, rows, inner, weights.shape[1], ROWS=ROWS, BLOCK=block, ACC=acc)
+        x, out, first, count, weights, columns, rows, inner, weights.shape[1], ROWS=ROWS, BLOCK=block, ACC=acc
+    )
 
 
 def aot():
@@ -88,7 +116,12 @@ def aot():
         weights = "*fp64" if dtype == "fp64" else "*fp32"
         pointers = {"p_x": f"*{dtype}", "p_out": f"*{dtype}", "p_weights": weights}
         constants = {"ROWS": ROWS, "BLOCK": 1024, "ACC": acc}
-        yield resize_wide_kernel, _signature(resize_wide_kernel, tables | pointers, constants), constants, {"num_warps": 4}
+        yield (
+            resize_wide_kernel,
+            _signature(resize_wide_kernel, tables | pointers, constants),
+            constants,
+            {"num_warps": 4},
+        )
         constants = {"BLOCK": 256, "ACC": acc}
         types = tables | pointers | {"elements": "i64"}
         yield resize_narrow_kernel, _signature(resize_narrow_kernel, types, constants), constants, {"num_warps": 4}

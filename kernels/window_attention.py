@@ -84,10 +84,50 @@ def _tokens(y, x, r_y, r_x, dilation_y, dilation_x, s_y, s_x):
 
 
 @triton.jit
-def window_attention_kernel(p_q, p_k, p_v, p_ek, p_ev, p_out, p_lse, q_f, q_y, q_x, q_h, k_f, k_y, k_x, k_h, v_f, v_y, v_x, v_h,
-                            ek_f, ek_e, ek_h, ev_f, ev_e, ev_h, height, width, heads, dim, extra, window_y, window_x,
-                            dilation_y, dilation_x, scale, BORDER: tl.constexpr, EXTRA: tl.constexpr, BD: tl.constexpr,
-                            BY: tl.constexpr, BX: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr):
+def window_attention_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_ek,
+    p_ev,
+    p_out,
+    p_lse,
+    q_f,
+    q_y,
+    q_x,
+    q_h,
+    k_f,
+    k_y,
+    k_x,
+    k_h,
+    v_f,
+    v_y,
+    v_x,
+    v_h,
+    ek_f,
+    ek_e,
+    ek_h,
+    ev_f,
+    ev_e,
+    ev_h,
+    height,
+    width,
+    heads,
+    dim,
+    extra,
+    window_y,
+    window_x,
+    dilation_y,
+    dilation_x,
+    scale,
+    BORDER: tl.constexpr,
+    EXTRA: tl.constexpr,
+    BD: tl.constexpr,
+    BY: tl.constexpr,
+    BX: tl.constexpr,
+    KY: tl.constexpr,
+    KX: tl.constexpr,
+):
     SHIFT: tl.constexpr = BORDER == 1
     f, h = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
     r_y, r_x, rows, columns, y0, x0 = _locate(height, width, dilation_y, dilation_x, BY, BX)
@@ -99,7 +139,9 @@ def window_attention_kernel(p_q, p_k, p_v, p_ek, p_ev, p_out, p_lse, q_f, q_y, q
         y_first, y_end = _first(y, rows, window_y, SHIFT), _end(y, rows, window_y, SHIFT)
         x_first, x_end = _first(x, columns, window_x, SHIFT), _end(x, columns, window_x, SHIFT)
         o_q = _tokens(y, x, r_y, r_x, dilation_y, dilation_x, q_y, q_x)
-        b_q = tl.load(p_q + f * q_f + h * q_h + o_q[:, None] + o_d[None, :], mask=m_m[:, None] & m_d[None, :], other=0.0)
+        b_q = tl.load(
+            p_q + f * q_f + h * q_h + o_q[:, None] + o_d[None, :], mask=m_m[:, None] & m_d[None, :], other=0.0
+        )
         b_max = tl.full([BY * BX], float("-inf"), tl.float32)
         b_sum = tl.zeros([BY * BX], tl.float32)
         if BORDER == 2:
@@ -116,10 +158,18 @@ def window_attention_kernel(p_q, p_k, p_v, p_ek, p_ev, p_out, p_lse, q_f, q_y, q
                 m_n = (j_y < to_y) & (j_x < to_x)
                 o_k = _tokens(j_y, j_x, r_y, r_x, dilation_y, dilation_x, k_y, k_x)
                 o_v = _tokens(j_y, j_x, r_y, r_x, dilation_y, dilation_x, v_y, v_x)
-                b_k = tl.load(p_k + f * k_f + h * k_h + o_k[None, :] + o_d[:, None], mask=m_n[None, :] & m_d[:, None], other=0.0)
-                b_v = tl.load(p_v + f * v_f + h * v_h + o_v[:, None] + o_d[None, :], mask=m_n[:, None] & m_d[None, :], other=0.0)
-                inside = (j_y[None, :] >= y_first[:, None]) & (j_y[None, :] < y_end[:, None]) & \
-                    (j_x[None, :] >= x_first[:, None]) & (j_x[None, :] < x_end[:, None])
+                b_k = tl.load(
+                    p_k + f * k_f + h * k_h + o_k[None, :] + o_d[:, None], mask=m_n[None, :] & m_d[:, None], other=0.0
+                )
+                b_v = tl.load(
+                    p_v + f * v_f + h * v_h + o_v[:, None] + o_d[None, :], mask=m_n[:, None] & m_d[None, :], other=0.0
+                )
+                inside = (
+                    (j_y[None, :] >= y_first[:, None])
+                    & (j_y[None, :] < y_end[:, None])
+                    & (j_x[None, :] >= x_first[:, None])
+                    & (j_x[None, :] < x_end[:, None])
+                )
                 b_s = tl.where(inside, _dot(b_q, b_k, None) * (scale * LOG2E), float("-inf"))
                 b_new = tl.maximum(b_max, tl.max(b_s, 1))
                 b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)  # nothing seen so far
@@ -132,8 +182,16 @@ def window_attention_kernel(p_q, p_k, p_v, p_ek, p_ev, p_out, p_lse, q_f, q_y, q
             for e in range(0, extra, 16):
                 m_e = e + o_e < extra
                 o_k, o_v = (e + o_e).to(tl.int64) * ek_e, (e + o_e).to(tl.int64) * ev_e
-                b_k = tl.load(p_ek + f * ek_f + h * ek_h + o_k[None, :] + o_d[:, None], mask=m_e[None, :] & m_d[:, None], other=0.0)
-                b_v = tl.load(p_ev + f * ev_f + h * ev_h + o_v[:, None] + o_d[None, :], mask=m_e[:, None] & m_d[None, :], other=0.0)
+                b_k = tl.load(
+                    p_ek + f * ek_f + h * ek_h + o_k[None, :] + o_d[:, None],
+                    mask=m_e[None, :] & m_d[:, None],
+                    other=0.0,
+                )
+                b_v = tl.load(
+                    p_ev + f * ev_f + h * ev_h + o_v[:, None] + o_d[None, :],
+                    mask=m_e[:, None] & m_d[None, :],
+                    other=0.0,
+                )
                 b_s = tl.where(m_e[None, :], _dot(b_q, b_k, None) * (scale * LOG2E), float("-inf"))
                 b_new = tl.maximum(b_max, tl.max(b_s, 1))
                 b_p, b_keep = tl.exp2(b_s - b_new[:, None]), tl.exp2(b_max - b_new)
@@ -142,17 +200,68 @@ def window_attention_kernel(p_q, p_k, p_v, p_ek, p_ev, p_out, p_lse, q_f, q_y, q
                 b_max = b_new
         b_sum = tl.where(m_m, b_sum, 1.0)  # rows beyond the grid have seen no key
         o_t = _tokens(y, x, r_y, r_x, dilation_y, dilation_x, width, 1)
-        tl.store(p_out + ((f * height * width + o_t[:, None]) * heads + h) * dim + o_d[None, :],
-                 (b_out / b_sum[:, None]).to(p_out.dtype.element_ty), mask=m_m[:, None] & m_d[None, :])
+        tl.store(
+            p_out + ((f * height * width + o_t[:, None]) * heads + h) * dim + o_d[None, :],
+            (b_out / b_sum[:, None]).to(p_out.dtype.element_ty),
+            mask=m_m[:, None] & m_d[None, :],
+        )
         tl.store(p_lse + (f * heads + h) * height * width + o_t, (b_max + tl.log2(b_sum)) / LOG2E, mask=m_m)
 
 
 @triton.jit
-def window_attention_d_q_kernel(p_q, p_k, p_v, p_ek, p_ev, p_out, p_lse, p_do, p_delta, p_norm, p_dq, q_f, q_y, q_x, q_h, k_f, k_y, k_x, k_h,
-                                v_f, v_y, v_x, v_h, do_f, do_y, do_x, do_h, ek_f, ek_e, ek_h, ev_f, ev_e, ev_h, height, width,
-                                heads, dim, extra, window_y, window_x, dilation_y, dilation_x, scale, BORDER: tl.constexpr,
-                                EXTRA: tl.constexpr, ROUNDS: tl.constexpr, BD: tl.constexpr, BY: tl.constexpr,
-                                BX: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr):
+def window_attention_d_q_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_ek,
+    p_ev,
+    p_out,
+    p_lse,
+    p_do,
+    p_delta,
+    p_norm,
+    p_dq,
+    q_f,
+    q_y,
+    q_x,
+    q_h,
+    k_f,
+    k_y,
+    k_x,
+    k_h,
+    v_f,
+    v_y,
+    v_x,
+    v_h,
+    do_f,
+    do_y,
+    do_x,
+    do_h,
+    ek_f,
+    ek_e,
+    ek_h,
+    ev_f,
+    ev_e,
+    ev_h,
+    height,
+    width,
+    heads,
+    dim,
+    extra,
+    window_y,
+    window_x,
+    dilation_y,
+    dilation_x,
+    scale,
+    BORDER: tl.constexpr,
+    EXTRA: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    BD: tl.constexpr,
+    BY: tl.constexpr,
+    BX: tl.constexpr,
+    KY: tl.constexpr,
+    KX: tl.constexpr,
+):
     SHIFT: tl.constexpr = BORDER == 1
     f, h = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
     r_y, r_x, rows, columns, y0, x0 = _locate(height, width, dilation_y, dilation_x, BY, BX)
@@ -177,7 +286,9 @@ def window_attention_d_q_kernel(p_q, p_k, p_v, p_ek, p_ev, p_out, p_lse, p_do, p
         last_y, last_x = tl.minimum(y0 + BY, rows) - 1, tl.minimum(x0 + BX, columns) - 1
         from_y, to_y = _first(y0, rows, window_y, SHIFT), _end(last_y, rows, window_y, SHIFT)
         from_x, to_x = _first(x0, columns, window_x, SHIFT), _end(last_x, columns, window_x, SHIFT)
-        for step in tl.static_range(ROUNDS):  # the first of two only sums: d_out.out from rounded outputs is not float32's best
+        for step in tl.static_range(
+            ROUNDS
+        ):  # the first of two only sums: d_out.out from rounded outputs is not float32's best
             b_sum, b_product = tl.zeros([BY * BX], tl.float32), tl.zeros([BY * BX], tl.float32)
             if BORDER == 2:
                 zeros = window_y.to(tl.float32) * window_x - (y_end - y_first).to(tl.float32) * (x_end - x_first)
@@ -191,8 +302,12 @@ def window_attention_d_q_kernel(p_q, p_k, p_v, p_ek, p_ev, p_out, p_lse, p_do, p
                     m_nd = m_n[:, None] & m_d[None, :]
                     b_k = tl.load(p_k + f * k_f + h * k_h + o_k[:, None] + o_d[None, :], mask=m_nd, other=0.0)
                     b_v = tl.load(p_v + f * v_f + h * v_h + o_v[:, None] + o_d[None, :], mask=m_nd, other=0.0)
-                    inside = (j_y[None, :] >= y_first[:, None]) & (j_y[None, :] < y_end[:, None]) & \
-                        (j_x[None, :] >= x_first[:, None]) & (j_x[None, :] < x_end[:, None])
+                    inside = (
+                        (j_y[None, :] >= y_first[:, None])
+                        & (j_y[None, :] < y_end[:, None])
+                        & (j_x[None, :] >= x_first[:, None])
+                        & (j_x[None, :] < x_end[:, None])
+                    )
                     b_s = _dot(b_q, tl.trans(b_k), None) * (scale * LOG2E)
                     b_p = tl.exp2(tl.where(inside, b_s - b_lse[:, None], float("-inf")))
                     b_sum += tl.sum(b_p, 1)
@@ -227,10 +342,48 @@ def window_attention_d_q_kernel(p_q, p_k, p_v, p_ek, p_ev, p_out, p_lse, p_do, p
 
 
 @triton.jit
-def window_attention_d_kv_kernel(p_q, p_k, p_v, p_lse, p_do, p_delta, p_norm, p_dk, p_dv, q_f, q_y, q_x, q_h, k_f, k_y, k_x, k_h,
-                                 v_f, v_y, v_x, v_h, do_f, do_y, do_x, do_h, height, width, heads, dim, window_y, window_x,
-                                 dilation_y, dilation_x, scale, BORDER: tl.constexpr, BD: tl.constexpr, BY: tl.constexpr,
-                                 BX: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr):
+def window_attention_d_kv_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_lse,
+    p_do,
+    p_delta,
+    p_norm,
+    p_dk,
+    p_dv,
+    q_f,
+    q_y,
+    q_x,
+    q_h,
+    k_f,
+    k_y,
+    k_x,
+    k_h,
+    v_f,
+    v_y,
+    v_x,
+    v_h,
+    do_f,
+    do_y,
+    do_x,
+    do_h,
+    height,
+    width,
+    heads,
+    dim,
+    window_y,
+    window_x,
+    dilation_y,
+    dilation_x,
+    scale,
+    BORDER: tl.constexpr,
+    BD: tl.constexpr,
+    BY: tl.constexpr,
+    BX: tl.constexpr,
+    KY: tl.constexpr,
+    KX: tl.constexpr,
+):
     SHIFT: tl.constexpr = BORDER == 1
     f, h = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
     r_y, r_x, rows, columns, y0, x0 = _locate(height, width, dilation_y, dilation_x, BY, BX)
@@ -259,11 +412,19 @@ def window_attention_d_kv_kernel(p_q, p_k, p_v, p_lse, p_do, p_delta, p_norm, p_
                 b_q = tl.load(p_q + f * q_f + h * q_h + o_q[:, None] + o_d[None, :], mask=m_md, other=0.0)
                 b_do = tl.load(p_do + f * do_f + h * do_h + o_do[:, None] + o_d[None, :], mask=m_md, other=0.0)
                 b_lse = tl.load(p_lse + o_lse, mask=m_m, other=0.0) * LOG2E
-                b_delta, b_norm = tl.load(p_delta + o_lse, mask=m_m, other=0.0), tl.load(p_norm + o_lse, mask=m_m, other=0.0)
+                b_delta, b_norm = (
+                    tl.load(p_delta + o_lse, mask=m_m, other=0.0),
+                    tl.load(p_norm + o_lse, mask=m_m, other=0.0),
+                )
                 y_first, y_end = _first(y, rows, window_y, SHIFT), _end(y, rows, window_y, SHIFT)
                 x_first, x_end = _first(x, columns, window_x, SHIFT), _end(x, columns, window_x, SHIFT)
-                inside = (j_y[:, None] >= y_first[None, :]) & (j_y[:, None] < y_end[None, :]) & m_m[None, :] & \
-                    (j_x[:, None] >= x_first[None, :]) & (j_x[:, None] < x_end[None, :])
+                inside = (
+                    (j_y[:, None] >= y_first[None, :])
+                    & (j_y[:, None] < y_end[None, :])
+                    & m_m[None, :]
+                    & (j_x[:, None] >= x_first[None, :])
+                    & (j_x[:, None] < x_end[None, :])
+                )
                 b_s = _dot(b_k, tl.trans(b_q), None) * (scale * LOG2E)
                 b_p = tl.exp2(tl.where(inside, b_s - b_lse[None, :], float("-inf"))) * b_norm[None, :]
                 b_dv = _dot(b_p.to(b_do.dtype), b_do, b_dv)
@@ -277,10 +438,39 @@ def window_attention_d_kv_kernel(p_q, p_k, p_v, p_lse, p_do, p_delta, p_norm, p_
 
 
 @triton.jit
-def window_attention_d_extra_kernel(p_q, p_ek, p_ev, p_lse, p_do, p_delta, p_norm, p_dek, p_dev, q_f, q_y, q_x, q_h, do_f, do_y, do_x,
-                                    do_h,
-                                    ek_f, ek_e, ek_h, ev_f, ev_e, ev_h, height, width, heads, dim, extra, scale,
-                                    BD: tl.constexpr, BM: tl.constexpr):
+def window_attention_d_extra_kernel(
+    p_q,
+    p_ek,
+    p_ev,
+    p_lse,
+    p_do,
+    p_delta,
+    p_norm,
+    p_dek,
+    p_dev,
+    q_f,
+    q_y,
+    q_x,
+    q_h,
+    do_f,
+    do_y,
+    do_x,
+    do_h,
+    ek_f,
+    ek_e,
+    ek_h,
+    ev_f,
+    ev_e,
+    ev_h,
+    height,
+    width,
+    heads,
+    dim,
+    extra,
+    scale,
+    BD: tl.constexpr,
+    BM: tl.constexpr,
+):
     f, h = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
     o_e, o_m, o_d = tl.program_id(0) * 16 + tl.arange(0, 16), tl.arange(0, BM), tl.arange(0, BD)
     m_d = o_d < dim
@@ -313,8 +503,14 @@ def window_attention_d_extra_kernel(p_q, p_ek, p_ev, p_lse, p_do, p_delta, p_nor
 
 # queries a tile, keys a block, warps: the largest that spill nothing, by kernel, 16 bits or 32, padded dim
 _TILES = {
-    "forward": {2: {64: (64, 64, 4), 128: (64, 64, 8), 256: (32, 32, 8)}, 4: {64: (32, 16, 4), 128: (16, 16, 8), 256: (16, 16, 8)}},
-    "backward": {2: {64: (32, 64, 8), 128: (32, 32, 8), 256: (16, 32, 8)}, 4: {64: (32, 32, 8), 128: (16, 16, 8), 256: (16, 16, 8)}},
+    "forward": {
+        2: {64: (64, 64, 4), 128: (64, 64, 8), 256: (32, 32, 8)},
+        4: {64: (32, 16, 4), 128: (16, 16, 8), 256: (16, 16, 8)},
+    },
+    "backward": {
+        2: {64: (32, 64, 8), 128: (32, 32, 8), 256: (16, 32, 8)},
+        4: {64: (32, 32, 8), 128: (16, 16, 8), 256: (16, 16, 8)},
+    },
 }
 
 
@@ -324,8 +520,9 @@ def _blocks(direction, itemsize, dim, columns, window_x):
     queries, keys, warps = _TILES[direction][itemsize][max(padded, 64)]
     block_x = 16 if 8 < columns <= 16 else 8
     key_x = min(16, max(8, triton.next_power_of_2(min(columns, block_x + window_x - 1))))
-    return dict(BD=padded, BY=queries // block_x, BX=block_x, KY=keys // key_x, KX=key_x), \
-        dict(num_warps=warps, num_stages=1 if padded > 128 else 2)
+    return dict(BD=padded, BY=queries // block_x, BX=block_x, KY=keys // key_x, KX=key_x), dict(
+        num_warps=warps, num_stages=1 if padded > 128 else 2
+    )
 
 
 def _extra_tokens(itemsize, padded):
@@ -357,8 +554,26 @@ def forward(tensors, out, lse, window, dilation, border, scale):
     for part in _frames(q):
         q_, k_, v_, ek_, ev_, out_, lse_ = (x[part] for x in (q, k, v, extra_k, extra_v, out, lse))
         window_attention_kernel[(grid[0], q_.shape[0] * q_.shape[3])](
-            q_, k_, v_, ek_, ev_, out_, lse_, *_strides(q), *_strides(k), *_strides(v), *_strides(extra_k), *_strides(extra_v),
-            *sizes, extra, *windows, scale, BORDER=_BORDERS[border], EXTRA=extra > 0, **constants)
+            q_,
+            k_,
+            v_,
+            ek_,
+            ev_,
+            out_,
+            lse_,
+            *_strides(q),
+            *_strides(k),
+            *_strides(v),
+            *_strides(extra_k),
+            *_strides(extra_v),
+            *sizes,
+            extra,
+            *windows,
+            scale,
+            BORDER=_BORDERS[border],
+            EXTRA=extra > 0,
+            **constants,
+        )
 
 
 def backward(tensors, out, lse, gradients, window, dilation, border, scale):
@@ -371,18 +586,72 @@ def backward(tensors, out, lse, gradients, window, dilation, border, scale):
     extra_strides = (*_strides(extra_k), *_strides(extra_v))
     for part in _frames(q):
         do_, q_, k_, v_, ek_, ev_, out_, lse_, delta_, norm_ = (
-            x[part] for x in (d_out, q, k, v, extra_k, extra_v, out, lse, delta, norm))
+            x[part] for x in (d_out, q, k, v, extra_k, extra_v, out, lse, delta, norm)
+        )
         dq_, dk_, dv_, dek_, dev_ = (x[part] for x in gradients)
         outer = q_.shape[0] * q_.shape[3]
         window_attention_d_q_kernel[(grid[0], outer)](
-            q_, k_, v_, ek_, ev_, out_, lse_, do_, delta_, norm_, dq_, *strides, *extra_strides, *sizes, extra, *windows, scale,
-            BORDER=_BORDERS[border], EXTRA=extra > 0, ROUNDS=2 if q.dtype == torch.float32 else 1, **constants)
+            q_,
+            k_,
+            v_,
+            ek_,
+            ev_,
+            out_,
+            lse_,
+            do_,
+            delta_,
+            norm_,
+            dq_,
+            *strides,
+            *extra_strides,
+            *sizes,
+            extra,
+            *windows,
+            scale,
+            BORDER=_BORDERS[border],
+            EXTRA=extra > 0,
+            ROUNDS=2 if q.dtype == torch.float32 else 1,
+            **constants,
+        )
         window_attention_d_kv_kernel[(grid[0], outer)](
-            q_, k_, v_, lse_, do_, delta_, norm_, dk_, dv_, *strides, *sizes, *windows, scale, BORDER=_BORDERS[border], **constants)
+            q_,
+            k_,
+            v_,
+            lse_,
+            do_,
+            delta_,
+            norm_,
+            dk_,
+            dv_,
+            *strides,
+            *sizes,
+            *windows,
+            scale,
+            BORDER=_BORDERS[border],
+            **constants,
+        )
         if extra:
             window_attention_d_extra_kernel[(triton.cdiv(extra, 16), outer)](
-                q_, ek_, ev_, lse_, do_, delta_, norm_, dek_, dev_, *_strides(q), *_strides(d_out), *extra_strides, *sizes, extra, scale,
-                BD=constants["BD"], BM=_extra_tokens(q.element_size(), constants["BD"]), num_warps=8, num_stages=1)
+                q_,
+                ek_,
+                ev_,
+                lse_,
+                do_,
+                delta_,
+                norm_,
+                dek_,
+                dev_,
+                *_strides(q),
+                *_strides(d_out),
+                *extra_strides,
+                *sizes,
+                extra,
+                scale,
+                BD=constants["BD"],
+                BM=_extra_tokens(q.element_size(), constants["BD"]),
+                num_warps=8,
+                num_stages=1,
+            )
 
 
 def _frames(q):
@@ -399,19 +668,29 @@ def aot():
     for dtype, dim in (("bf16", 64), ("bf16", 88), ("fp16", 256), ("fp32", 64)):
         itemsize = 4 if dtype == "fp32" else 2
         rounds = dict(EXTRA=True, ROUNDS=2 if dtype == "fp32" else 1)
-        for kernel, direction, more in ((window_attention_kernel, "forward", dict(EXTRA=True)),
-                                        (window_attention_d_q_kernel, "backward", rounds),
-                                        (window_attention_d_kv_kernel, "backward", {})):
+        for kernel, direction, more in (
+            (window_attention_kernel, "forward", dict(EXTRA=True)),
+            (window_attention_d_q_kernel, "backward", rounds),
+            (window_attention_d_kv_kernel, "backward", {}),
+        ):
             blocks, options = _blocks(direction, itemsize, dim, 64, 7)
             constants = blocks | dict(BORDER=0) | more
             yield kernel, _signature(kernel, dtype, constants), constants, options
         constants = dict(BD=blocks["BD"], BM=_extra_tokens(itemsize, blocks["BD"]))
-        yield (window_attention_d_extra_kernel, _signature(window_attention_d_extra_kernel, dtype, constants), constants,
-               dict(num_warps=8, num_stages=1))
+        yield (
+            window_attention_d_extra_kernel,
+            _signature(window_attention_d_extra_kernel, dtype, constants),
+            constants,
+            dict(num_warps=8, num_stages=1),
+        )
 
 
 def _signature(kernel, dtype, constants):
     kinds = {"p_lse": "*fp32", "p_delta": "*fp32", "p_norm": "*fp32", "scale": "fp32"}
     sizes = ("height", "width", "heads", "dim", "extra", "window_y", "window_x", "dilation_y", "dilation_x")
-    return {name: "constexpr" if name in constants else kinds.get(name) or (f"*{dtype}" if name.startswith("p_") else
-                  "i32" if name in sizes else "i64") for name in kernel.arg_names}
+    return {
+        name: "constexpr"
+        if name in constants
+        else kinds.get(name) or (f"*{dtype}" if name.startswith("p_") else "i32" if name in sizes else "i64")
+        for name in kernel.arg_names
+    }

@@ -12,7 +12,6 @@ import pytest  # noqa: E402
 from fourdperf import native  # noqa: E402
 from tests.harness import TARGETS, Target  # noqa: E402
 
-
 # torch notes on first use which factories obey `with torch.device(...)`: that must not be the patched ones below
 with torch.device("meta"):
     torch.empty(0)
@@ -25,7 +24,11 @@ def poisoned_memory(monkeypatch):
     def poison(function):
         def poisoned(*args, **kwargs):
             tensor = function(*args, **kwargs)
-            if tensor.is_floating_point() and tensor.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling():
+            if (
+                tensor.is_floating_point()
+                and tensor.device.type in ("cpu", "cuda")
+                and not torch.compiler.is_compiling()
+            ):
                 tensor.detach().fill_(float("nan"))
             return tensor
 

@@ -43,7 +43,11 @@ class Target:
 # On a machine with a GPU Triton is compiled and runs there; without one it runs in its interpreter on the CPU.
 TARGETS = (
     *(Target("native", "cpu", isa) for isa in ISAS),
-    *((Target("native", "cuda"), Target("triton", "cuda")) if torch.cuda.is_available() else (Target("triton", "cpu"),)),
+    *(
+        (Target("native", "cuda"), Target("triton", "cuda"))
+        if torch.cuda.is_available()
+        else (Target("triton", "cpu"),)
+    ),
 )
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -54,7 +58,9 @@ def tolerance(eager_error: float, dtype: torch.dtype, largest: float, factor: fl
     return factor * eager_error + EPS[dtype] * largest
 
 
-def check_op(function, inputs: dict, target: Target, dtype: torch.dtype, *, grads: tuple[str, ...] | None = None) -> None:
+def check_op(
+    function, inputs: dict, target: Target, dtype: torch.dtype, *, grads: tuple[str, ...] | None = None
+) -> None:
     """Asserts that `function(**inputs, backend=...)` on `target` agrees with its eager backend; see the module.
 
     Args:

@@ -43,12 +43,28 @@ def test_no_symbol_of_one_instruction_set_can_serve_another(file):
 @pytest.mark.parametrize("source", CUDA_SOURCES, ids=lambda file: file.stem)
 def test_cuda_kernels_spill_nothing(source, arch, tmp_path):
     """ptxas' own report: no spills; no stack in the hot kernels (those without a <tables> role: *_totals/_weights)."""
-    command = ["nvcc", "-std=c++17", "-O3", f"-arch={arch}", "--expt-relaxed-constexpr", "-Xptxas=-v", "-I", str(ROOT / "csrc"),
-               "-c", str(source), "-o", str(tmp_path / "out.o")]
+    command = [
+        "nvcc",
+        "-std=c++17",
+        "-O3",
+        f"-arch={arch}",
+        "--expt-relaxed-constexpr",
+        "-Xptxas=-v",
+        "-I",
+        str(ROOT / "csrc"),
+        "-c",
+        str(source),
+        "-o",
+        str(tmp_path / "out.o"),
+    ]
     report = subprocess.run(command, capture_output=True, text=True)
     assert report.returncode == 0, report.stderr[-3000:]
-    kernels = re.findall(r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
-                         r"(\d+) bytes spill loads", report.stderr, re.DOTALL)
+    kernels = re.findall(
+        r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+        r"(\d+) bytes spill loads",
+        report.stderr,
+        re.DOTALL,
+    )
     assert kernels, "ptxas reported no kernel"
     for name, stack, *spills in kernels:
         assert all(spill == "0" for spill in spills), f"{name} spills: {spills}"
@@ -87,15 +103,19 @@ def test_triton_kernels_compile_without_spills(op, arch):
     if tool is None:
         pytest.skip("no cuobjdump, neither in triton nor on PATH")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", AOT, op, str(arch), tool], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", AOT, op, str(arch), tool], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_import_is_quiet_and_needs_little():
     """Importing the package and its ops prints nothing and loads neither JAX, Triton, OpenCV nor the CUDA library."""
-    code = ("import sys, fourdperf, fourdperf.ops, fourdperf.models.scaling4d; "
-            "loaded = [m for m in ('jax', 'flax', 'triton', 'cv2', 'fourdperf._cuda', 'lightning') if m in sys.modules]; "
-            "assert not loaded, loaded")
+    code = (
+        "import sys, fourdperf, fourdperf.ops, fourdperf.models.scaling4d; "
+        "loaded = [m for m in ('jax', 'flax', 'triton', 'cv2', 'fourdperf._cuda', 'lightning') if m in sys.modules]; "
+        "assert not loaded, loaded"
+    )
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
@@ -122,7 +142,9 @@ def test_the_instruction_set_can_be_forced(isa):
     if reason:
         pytest.skip(reason)
     code = "from fourdperf import native; print(native.library('cpu')[0].cpu_isa())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"FOURDPERF_CPU_ISA": isa})
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"FOURDPERF_CPU_ISA": isa}
+    )
     if isa in library.cpu_isas():
         assert done.stdout.strip() == isa
     else:

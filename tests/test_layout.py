@@ -21,7 +21,11 @@ PIECES = (
 WAIVED: dict[str, str] = {
     "csrc/cross_attention/cross_attention_cuda.cu": "tensor cores are left to Triton, which knows each architecture's",
 }
-MODELS = [file.stem for file in (ROOT / "fourdperf/models").glob("*.py") if file.stem not in ("__init__", "layers", "checkpoint")]
+MODELS = [
+    file.stem
+    for file in (ROOT / "fourdperf/models").glob("*.py")
+    if file.stem not in ("__init__", "layers", "checkpoint")
+]
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -46,7 +50,9 @@ def test_the_readme_has_a_row_for_every_op(op):
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("piece", ["fourdperf/jax/models/{}.py", "fourdperf/convert/{}.py", "tests/models/test_{}.py",
-                                   "tests/convert/test_{}.py"])
+@pytest.mark.parametrize(
+    "piece",
+    ["fourdperf/jax/models/{}.py", "fourdperf/convert/{}.py", "tests/models/test_{}.py", "tests/convert/test_{}.py"],
+)
 def test_every_model_has_every_piece(model, piece):
     assert (ROOT / piece.format(model)).is_file(), f"{piece.format(model)} is missing"

@@ -26,8 +26,11 @@ def bench(
         device: 'cpu' or 'cuda'; default cuda where there is one.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    known = sorted(file.stem for file in Path(harness.__file__).parent.glob("*.py")
-                   if not file.stem.startswith(("_", "test_")) and file.stem != "harness")
+    known = sorted(
+        file.stem
+        for file in Path(harness.__file__).parent.glob("*.py")
+        if not file.stem.startswith(("_", "test_")) and file.stem != "harness"
+    )
     names = names or list(OPS)
     unknown = [name for name in names if name not in known]
     if unknown:

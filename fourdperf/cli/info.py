@@ -32,9 +32,13 @@ def _print_build():
     build = native.build_info()
     cpu, why_no_cpu = native.library("cpu")
     if cpu:
-        print(f"cpu library   built by {build['compiler']} for {', '.join(build['isas'].split(';'))}; "
-              f"this processor runs {', '.join(cpu.cpu_isas())}; in use: {cpu.cpu_isa()}")
-        print(f"jax ffi       {'built' if hasattr(cpu, 'ffi_targets') else 'not built: no jaxlib headers at build time'}")
+        print(
+            f"cpu library   built by {build['compiler']} for {', '.join(build['isas'].split(';'))}; "
+            f"this processor runs {', '.join(cpu.cpu_isas())}; in use: {cpu.cpu_isa()}"
+        )
+        print(
+            f"jax ffi       {'built' if hasattr(cpu, 'ffi_targets') else 'not built: no jaxlib headers at build time'}"
+        )
     else:
         print(f"cpu library   none: {why_no_cpu}")
     cuda, why_no_cuda = native.library("cuda")

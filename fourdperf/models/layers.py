@@ -115,8 +115,16 @@ class CrossAttention(nn.Module):
 class CrossBlock(nn.Module):
     """x + attention(norm(x), memory), then x + mlp(norm(x)); the memory is normed first where `norm_memory` says so."""
 
-    def __init__(self, features: int, num_heads: int, mlp_size: int, memory_features: int, norm_memory: bool, eps: float,
-                 approximate: str):
+    def __init__(
+        self,
+        features: int,
+        num_heads: int,
+        mlp_size: int,
+        memory_features: int,
+        norm_memory: bool,
+        eps: float,
+        approximate: str,
+    ):
         super().__init__()
         self.attention_norm = nn.LayerNorm(features, eps=eps)
         self.memory_norm = nn.LayerNorm(memory_features, eps=eps) if norm_memory else nn.Identity()
@@ -143,9 +151,19 @@ class CrossDecoder(nn.Module):
     `norm_memory`, every block has its own LayerNorm for the memory. `eps` and `approximate` (of GELU) are for checkpoints.
     """
 
-    def __init__(self, features: int, num_layers: int, num_heads: int, mlp_size: int, memory_features: int | None = None,
-                 *, norm_memory: bool = False, eps: float = LAYER_NORM_EPS, approximate: str = "tanh",
-                 memory_budget: int = 2**28):
+    def __init__(
+        self,
+        features: int,
+        num_layers: int,
+        num_heads: int,
+        mlp_size: int,
+        memory_features: int | None = None,
+        *,
+        norm_memory: bool = False,
+        eps: float = LAYER_NORM_EPS,
+        approximate: str = "tanh",
+        memory_budget: int = 2**28,
+    ):
         super().__init__()
         self.memory_budget = memory_budget
         self.floats_per_query = 4 * features + mlp_size  # residual, normed, queries, heads; hidden

@@ -154,16 +154,18 @@ class ReadoutConfig:
         """A readout with one value per pixel and channel; the defaults are those of the released depth model."""
         output_shape = _int_tuple("output_shape", output_shape, 3, 4)
         patch = _int_tuple("decoding_patch_size", decoding_patch_size, 3)
-        return cls(**{
-            "num_classes": math.prod(patch) * (output_shape[3] if len(output_shape) == 4 else 1),
-            "num_params": num_params,
-            "num_heads": num_heads,
-            "num_frames": output_shape[0],
-            "num_queries": math.prod(size // p for size, p in zip(output_shape, patch)),
-            "output_shape": output_shape,
-            "decoding_patch_size": patch,
-            **options,
-        })
+        return cls(
+            **{
+                "num_classes": math.prod(patch) * (output_shape[3] if len(output_shape) == 4 else 1),
+                "num_params": num_params,
+                "num_heads": num_heads,
+                "num_frames": output_shape[0],
+                "num_queries": math.prod(size // p for size, p in zip(output_shape, patch)),
+                "output_shape": output_shape,
+                "decoding_patch_size": patch,
+                **options,
+            }
+        )
 
 
 @dataclass(frozen=True)

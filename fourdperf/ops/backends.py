@@ -126,8 +126,15 @@ def _triton_missing() -> str | None:
 # ---- registration: every op is defined here, in Python, so that it exists with or without a compiled library
 
 
-def define(schema: str, *, fake: Callable, backward: Callable | None = None, setup_context: Callable | None = None,
-           vmap: Callable | None = None, **implementations: Callable):
+def define(
+    schema: str,
+    *,
+    fake: Callable,
+    backward: Callable | None = None,
+    setup_context: Callable | None = None,
+    vmap: Callable | None = None,
+    **implementations: Callable,
+):
     """Defines `fourdperf::<schema>` and returns it as a callable that takes positional arguments.
 
     `implementations` maps dispatch keys (CPU, CUDA) to functions. Schema, fake (shapes), autograd, vmap and kernels are
@@ -148,7 +155,9 @@ def define(schema: str, *, fake: Callable, backward: Callable | None = None, set
     # An autograd formula registered with torch.library is refused by torch.func.grad and its kin; the same formula as an
     # autograd.Function is not.
     members = {"forward": op, "setup_context": setup_context, "backward": backward, "vmap": vmap}
-    function = type(name, (torch.autograd.Function,), {key: staticmethod(member) for key, member in members.items() if member})
+    function = type(
+        name, (torch.autograd.Function,), {key: staticmethod(member) for key, member in members.items() if member}
+    )
 
     def call(*args):
         if torch._C._are_functorch_transforms_active():

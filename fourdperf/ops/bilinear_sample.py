@@ -70,8 +70,16 @@ _HALF = (torch.bfloat16, torch.float16)
 _NOWHERE = -2  # whole part of a position none of whose pixels is in the map
 
 
-def bilinear_sample(map: torch.Tensor, xy: torch.Tensor, *, mode: str = "bilinear", coordinates: str = "unit",
-                    align_corners: bool = True, border: str = "clamp", backend: str | None = None) -> torch.Tensor:
+def bilinear_sample(
+    map: torch.Tensor,
+    xy: torch.Tensor,
+    *,
+    mode: str = "bilinear",
+    coordinates: str = "unit",
+    align_corners: bool = True,
+    border: str = "clamp",
+    backend: str | None = None,
+) -> torch.Tensor:
     """Reads `map` at the points `xy`. See the module for maths, borders, derivatives, dtypes and errors.
 
     Args:
@@ -92,16 +100,20 @@ def bilinear_sample(map: torch.Tensor, xy: torch.Tensor, *, mode: str = "bilinea
     check_floating("xy", xy)
     require(map.ndim >= 3, f"map must have shape (..., H, W, C), got {tuple(map.shape)}")
     require(xy.ndim >= 2 and xy.shape[-1] == 2, f"xy must have shape (..., N, 2), got {tuple(xy.shape)}")
-    require(xy.dtype == map.dtype or (map.dtype in _HALF and xy.dtype == torch.float32),
-            f"xy must have the dtype of map ({map.dtype}){' or float32' if map.dtype in _HALF else ''}, got {xy.dtype}")
+    require(
+        xy.dtype == map.dtype or (map.dtype in _HALF and xy.dtype == torch.float32),
+        f"xy must have the dtype of map ({map.dtype}){' or float32' if map.dtype in _HALF else ''}, got {xy.dtype}",
+    )
     require(xy.device == map.device, f"xy must be on the device of map ({map.device}), got {xy.device}")
     check_choice("mode", mode, MODES)
     check_choice("coordinates", coordinates, COORDINATES)
     check_choice("border", border, BORDERS)
     rule = (mode, coordinates, bool(align_corners), border)
     lead, maps, points, order = _align(map.shape[:-3], xy.shape[:-2])
-    require(map.shape[-3] * map.shape[-2] > 0 or math.prod(lead) * xy.shape[-2] == 0,
-            f"map must have pixels where xy has points, got shapes {tuple(map.shape)} and {tuple(xy.shape)}")
+    require(
+        map.shape[-3] * map.shape[-2] > 0 or math.prod(lead) * xy.shape[-2] == 0,
+        f"map must have pixels where xy has points, got shapes {tuple(map.shape)} and {tuple(xy.shape)}",
+    )
 
     n_map = math.prod([lead[axis] for axis in maps])
     n_xy = math.prod([lead[axis] for axis in points])
@@ -111,7 +123,7 @@ def bilinear_sample(map: torch.Tensor, xy: torch.Tensor, *, mode: str = "bilinea
     else:  # the axes that the map lacks go to the points, those that xy lacks are repeated there
         rank = len(lead)
         flat_xy = xy[(None,) * (rank - (xy.ndim - 2))].permute(*maps, *points, rank, rank + 1)
-        flat_xy = flat_xy.expand(*(lead[axis] for axis in maps), *flat_xy.shape[len(maps):])
+        flat_xy = flat_xy.expand(*(lead[axis] for axis in maps), *flat_xy.shape[len(maps) :])
         flat_xy = flat_xy.reshape(n_map, n_xy * xy.shape[-2], 2)
     args = (flat_map, flat_xy, *rule)
     out = choose("bilinear_sample", BACKENDS, args, backend)(*args)
@@ -125,8 +137,10 @@ def _align(map_lead, xy_lead):
     """Broadcast lead, its axes that the map has (or both lack), its axes that only xy has, and the two in a row."""
     rank = max(len(map_lead), len(xy_lead))
     a, b = (1,) * (rank - len(map_lead)) + tuple(map_lead), (1,) * (rank - len(xy_lead)) + tuple(xy_lead)
-    require(all(m == p or m == 1 or p == 1 for m, p in zip(a, b)),
-            f"the leading dimensions of map {tuple(map_lead)} and of xy {tuple(xy_lead)} must broadcast")
+    require(
+        all(m == p or m == 1 or p == 1 for m, p in zip(a, b)),
+        f"the leading dimensions of map {tuple(map_lead)} and of xy {tuple(xy_lead)} must broadcast",
+    )
     lead = tuple(p if m == 1 else m for m, p in zip(a, b))
     points = [axis for axis in range(rank) if a[axis] == 1 and b[axis] != 1]
     maps = [axis for axis in range(rank) if axis not in points]
@@ -160,7 +174,9 @@ def _locate(x, n, mode, coordinates, align_corners, border):
         else:
             outside = (p < 0) | (p >= n - 1)
             p = p.clamp(0, n - 1)
-        slope = torch.where(p.isnan(), p, torch.where(outside, 0.0, slope)) if mode == "bilinear" else torch.zeros_like(p)
+        slope = (
+            torch.where(p.isnan(), p, torch.where(outside, 0.0, slope)) if mode == "bilinear" else torch.zeros_like(p)
+        )
         whole = p.round() if mode == "nearest_round" else p.floor()
         p = p if mode == "bilinear" else whole
         first = torch.where(p.isnan(), float(_NOWHERE), whole).long()
@@ -175,7 +191,9 @@ def bilinear_sample_eager(map, xy, mode="bilinear", coordinates="unit", align_co
     if xy.shape[1] == 0 or map.numel() == 0:
         return map.new_zeros(b, xy.shape[1], c) + 0 * (map.sum() + xy.sum())
     xy, pixels = xy.to(dtype), map.reshape(b, h * w, c)
-    (x, fx), (y, fy) = (_locate(xy[..., axis], n, mode, coordinates, align_corners, border) for axis, n in ((0, w), (1, h)))
+    (x, fx), (y, fy) = (
+        _locate(xy[..., axis], n, mode, coordinates, align_corners, border) for axis, n in ((0, w), (1, h))
+    )
     if mode == "bilinear":
         taps = ((0, 0, (1 - fx) * (1 - fy)), (1, 0, fx * (1 - fy)), (0, 1, (1 - fx) * fy), (1, 1, fx * fy))
     else:
@@ -231,8 +249,7 @@ def _define(name, kernels):
         d_map = torch.zeros(map.shape if need_map else (0,), dtype=acc, device=map.device)
         d_xy = torch.zeros(xy.shape if need_xy else (0,), dtype=acc, device=map.device)
         if d_out.numel():
-            kernels.bwd(_rows(d_out), _rows(map), points, d_map if need_map else None, d_xy if need_xy else None,
-                        rule)
+            kernels.bwd(_rows(d_out), _rows(map), points, d_map if need_map else None, d_xy if need_xy else None, rule)
         return d_map.to(map.dtype), d_xy.to(xy.dtype)
 
     def backward_backward(gg_map, gg_xy, d_out, map, xy, mode, coordinates, align_corners, border, need_map):
@@ -242,8 +259,17 @@ def _define(name, kernels):
         d_map = torch.zeros(map.shape if need_map else (0,), dtype=acc, device=map.device)
         d_xy = torch.zeros(xy.shape, dtype=acc, device=map.device)
         if d_out.numel():
-            kernels.bwd_bwd(None if gg_map is None else _rows(gg_map), _rows(gg_xy.to(acc)), _rows(d_out), _rows(map), points,
-                            d_d_out, d_map if need_map else None, d_xy, rule)
+            kernels.bwd_bwd(
+                None if gg_map is None else _rows(gg_map),
+                _rows(gg_xy.to(acc)),
+                _rows(d_out),
+                _rows(map),
+                points,
+                d_d_out,
+                d_map if need_map else None,
+                d_xy,
+                rule,
+            )
         return d_d_out, d_map.to(map.dtype), d_xy.to(xy.dtype)
 
     def fwd_context(ctx, inputs, output):
@@ -276,7 +302,9 @@ def _define(name, kernels):
         if in_dims[0] is None:  # many point sets, one map: the sets stand side by side
             xy = xy.movedim(in_dims[1], 1)
             return fwd(map, xy.flatten(1, 2), *rule).unflatten(1, xy.shape[1:3]), 1
-        return fwd(_flat(map, in_dims[0], info), _flat(xy, in_dims[1], info), *rule).unflatten(0, (info.batch_size, -1)), 0
+        return fwd(_flat(map, in_dims[0], info), _flat(xy, in_dims[1], info), *rule).unflatten(
+            0, (info.batch_size, -1)
+        ), 0
 
     def batched(op, tensors):
         """A vmap rule for an op with a batch axis in front of all its tensors."""
@@ -284,19 +312,39 @@ def _define(name, kernels):
         def rule(info, in_dims, *args):
             outs = op()(*(_flat(x, dim, info) for x, dim in zip(args[:tensors], in_dims)), *args[tensors:])
             # an output that was not asked for is empty, with one axis
-            return tuple(out.unflatten(0, (info.batch_size, -1)) if out.ndim > 1 else out.expand(info.batch_size, 0)
-                         for out in outs), (0,) * len(outs)
+            return tuple(
+                out.unflatten(0, (info.batch_size, -1)) if out.ndim > 1 else out.expand(info.batch_size, 0)
+                for out in outs
+            ), (0,) * len(outs)
 
         return rule
 
-    fwd = define(f"{name}(Tensor map, Tensor xy, {_RULE}) -> Tensor", fake=_fake, setup_context=fwd_context,
-                 backward=fwd_backward, vmap=fwd_vmap, CPU=forward, CUDA=forward)
-    bwd = define(f"{name}_bwd(Tensor d_out, Tensor map, Tensor xy, {_RULE}, bool need_map, bool need_xy) -> (Tensor, Tensor)",
-                 fake=_fake_bwd, setup_context=bwd_context, backward=bwd_backward, vmap=batched(lambda: bwd, 3),
-                 CPU=backward, CUDA=backward)
-    bwd_bwd = define(f"{name}_bwd_bwd(Tensor? gg_map, Tensor gg_xy, Tensor d_out, Tensor map, Tensor xy, {_RULE}, "
-                     "bool need_map) -> (Tensor, Tensor, Tensor)", fake=_fake_bwd_bwd, vmap=batched(lambda: bwd_bwd, 5),
-                     CPU=backward_backward, CUDA=backward_backward)
+    fwd = define(
+        f"{name}(Tensor map, Tensor xy, {_RULE}) -> Tensor",
+        fake=_fake,
+        setup_context=fwd_context,
+        backward=fwd_backward,
+        vmap=fwd_vmap,
+        CPU=forward,
+        CUDA=forward,
+    )
+    bwd = define(
+        f"{name}_bwd(Tensor d_out, Tensor map, Tensor xy, {_RULE}, bool need_map, bool need_xy) -> (Tensor, Tensor)",
+        fake=_fake_bwd,
+        setup_context=bwd_context,
+        backward=bwd_backward,
+        vmap=batched(lambda: bwd, 3),
+        CPU=backward,
+        CUDA=backward,
+    )
+    bwd_bwd = define(
+        f"{name}_bwd_bwd(Tensor? gg_map, Tensor gg_xy, Tensor d_out, Tensor map, Tensor xy, {_RULE}, "
+        "bool need_map) -> (Tensor, Tensor, Tensor)",
+        fake=_fake_bwd_bwd,
+        vmap=batched(lambda: bwd_bwd, 5),
+        CPU=backward_backward,
+        CUDA=backward_backward,
+    )
     return fwd
 
 
@@ -316,7 +364,9 @@ def sorted_by_cell(xy, height, width, mode, coordinates, align_corners, border):
 
     Cell (b, y, x) holds the points of batch b whose lower neighbour is pixel (y - 1, x - 1).
     """
-    (x, _), (y, _) = (_locate(xy[..., i], n, mode, coordinates, align_corners, border) for i, n in ((0, width), (1, height)))
+    (x, _), (y, _) = (
+        _locate(xy[..., i], n, mode, coordinates, align_corners, border) for i, n in ((0, width), (1, height))
+    )
     batch = torch.arange(len(xy), device=xy.device)[:, None]
     cells = len(xy) * (height + 1) * (width + 1)
     cell = torch.where((x > _NOWHERE) & (y > _NOWHERE), (batch * (height + 1) + y + 1) * (width + 1) + x + 1, cells)
@@ -345,16 +395,26 @@ class _Native:
     @staticmethod
     def fwd(map, xy, out, rule):
         library, launch = where(map)
-        library.bilinear_sample_fwd(map.data_ptr(), xy.data_ptr(), out.data_ptr(), (map.stride(0), xy.stride(0)),
-                                    *_description(map, xy, rule), launch)
+        library.bilinear_sample_fwd(
+            map.data_ptr(),
+            xy.data_ptr(),
+            out.data_ptr(),
+            (map.stride(0), xy.stride(0)),
+            *_description(map, xy, rule),
+            launch,
+        )
 
     @staticmethod
     def bwd(d_out, map, xy, d_map, d_xy, rule):
         library, launch = where(map)
         order, starts = _sums_by_cell(d_map, xy, map, rule) if map.is_cuda else (None, None)
         strides = [x.stride(0) for x in (map, xy, d_out)]
-        library.bilinear_sample_bwd(*(_address(x) for x in (d_out, map, xy, d_map, d_xy, order, starts)), strides,
-                                    *_description(map, xy, rule), launch)
+        library.bilinear_sample_bwd(
+            *(_address(x) for x in (d_out, map, xy, d_map, d_xy, order, starts)),
+            strides,
+            *_description(map, xy, rule),
+            launch,
+        )
 
     @staticmethod
     def bwd_bwd(gg_map, gg_xy, d_out, map, xy, d_d_out, d_map, d_xy, rule):

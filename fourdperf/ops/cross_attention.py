@@ -48,8 +48,15 @@ from fourdperf.ops.checks import check_floating, check_same, require
 _HALF = (torch.bfloat16, torch.float16)
 
 
-def cross_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, key_padding_mask: torch.Tensor | None = None,
-                    scale: float | None = None, backend: str | None = None) -> torch.Tensor:
+def cross_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    key_padding_mask: torch.Tensor | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
     """softmax(q k^T scale) v. See the module for maths, dtypes and errors.
 
     Args:
@@ -77,16 +84,24 @@ def cross_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, key_pa
     check_same("v", v, "q", q)
     batch, _, heads, size = q.shape
     keys = k.shape[1]
-    require(k.shape[0] == batch and k.shape[2] == heads and k.shape[3] == size,
-            f"k must be (B, K, H, D) with the B, H, D of q, which has shape {tuple(q.shape)}, got {tuple(k.shape)}")
-    require(v.shape[0] == batch and v.shape[1] == keys and v.shape[2] == heads,
-            f"v must be (B, K, H, E) with the B, K, H of k, which has shape {tuple(k.shape)}, got {tuple(v.shape)}")
+    require(
+        k.shape[0] == batch and k.shape[2] == heads and k.shape[3] == size,
+        f"k must be (B, K, H, D) with the B, H, D of q, which has shape {tuple(q.shape)}, got {tuple(k.shape)}",
+    )
+    require(
+        v.shape[0] == batch and v.shape[1] == keys and v.shape[2] == heads,
+        f"v must be (B, K, H, E) with the B, K, H of k, which has shape {tuple(k.shape)}, got {tuple(v.shape)}",
+    )
     mask = key_padding_mask
     if mask is not None:
-        require(isinstance(mask, torch.Tensor) and mask.dtype == torch.bool,
-                f"key_padding_mask must be a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
-        require(mask.ndim == 2 and mask.shape[0] == batch and mask.shape[1] == keys,
-                f"key_padding_mask must be (B, K) = {(batch, keys)}, got {tuple(mask.shape)}")
+        require(
+            isinstance(mask, torch.Tensor) and mask.dtype == torch.bool,
+            f"key_padding_mask must be a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}",
+        )
+        require(
+            mask.ndim == 2 and mask.shape[0] == batch and mask.shape[1] == keys,
+            f"key_padding_mask must be (B, K) = {(batch, keys)}, got {tuple(mask.shape)}",
+        )
         require(mask.device == q.device, f"key_padding_mask must be on the device of q ({q.device}), got {mask.device}")
     scale = max(size, 1) ** -0.5 if scale is None else float(scale)
     return choose("cross_attention", BACKENDS, (q, k, v, mask, scale), backend)(q, k, v, mask, scale)
@@ -133,16 +148,22 @@ def _second_order(c_q, c_k, c_v, d_out, q, k, v, mask, scale):
     c_d_p = p * (c_s - mean(c_s))
     c_p = c_s * (d_p - mean(d_p)) - mean(c_s) * d_p + scores(d_out, c_v)
     c_scores = p * (c_p - mean(c_p)) * scale
-    grads = (to_queries(c_d_p, v) + to_queries(p, c_v), to_queries(c_scores, k) + scale * to_queries(d_s, c_k),
-             to_keys(c_scores, q) + scale * to_keys(d_s, c_q), to_keys(c_d_p, d_out))
+    grads = (
+        to_queries(c_d_p, v) + to_queries(p, c_v),
+        to_queries(c_scores, k) + scale * to_queries(d_s, c_k),
+        to_keys(c_scores, q) + scale * to_keys(d_s, c_q),
+        to_keys(c_d_p, d_out),
+    )
     return tuple(x.to(dtype) for x in grads)
 
 
 # ---- schema, fake, autograd, vmap
 
 _SCHEMA = "(Tensor q, Tensor k, Tensor v, Tensor? key_padding_mask, float scale) -> (Tensor, Tensor)"
-_BACKWARD_SCHEMA = ("_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor? key_padding_mask, Tensor stats, float scale) "
-                    "-> (Tensor, Tensor, Tensor)")
+_BACKWARD_SCHEMA = (
+    "_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor? key_padding_mask, Tensor stats, float scale) "
+    "-> (Tensor, Tensor, Tensor)"
+)
 
 
 def _fake(q, k, v, mask, scale):
@@ -194,10 +215,24 @@ def _define(name, forward, backward):
         outputs = op(*_folded(info.batch_size, args, in_dims))
         return tuple(x.unflatten(0, (info.batch_size, -1)) for x in outputs), (0, 0)
 
-    d_op = define(name + _BACKWARD_SCHEMA, fake=_backward_fake, setup_context=setup_backward, backward=second_order,
-                  vmap=backward_vmap, CPU=backward, CUDA=backward)
-    op = define(name + _SCHEMA, fake=_fake, setup_context=setup_context, backward=first_order, vmap=vmap, CPU=forward,
-                CUDA=forward)
+    d_op = define(
+        name + _BACKWARD_SCHEMA,
+        fake=_backward_fake,
+        setup_context=setup_backward,
+        backward=second_order,
+        vmap=backward_vmap,
+        CPU=backward,
+        CUDA=backward,
+    )
+    op = define(
+        name + _SCHEMA,
+        fake=_fake,
+        setup_context=setup_context,
+        backward=first_order,
+        vmap=vmap,
+        CPU=forward,
+        CUDA=forward,
+    )
     return lambda *args: op(*args)[0]
 
 
@@ -207,8 +242,16 @@ def _define(name, forward, backward):
 def _pointers(q, k, v, mask):
     mask = None if mask is None else mask.contiguous()
     sizes = (q.shape[0], q.shape[1], k.shape[1], *q.shape[2:], v.shape[3])
-    return mask, (q.data_ptr(), q.stride(), k.data_ptr(), k.stride(), v.data_ptr(), v.stride(),
-                  0 if mask is None else mask.data_ptr(), sizes)
+    return mask, (
+        q.data_ptr(),
+        q.stride(),
+        k.data_ptr(),
+        k.stride(),
+        v.data_ptr(),
+        v.stride(),
+        0 if mask is None else mask.data_ptr(),
+        sizes,
+    )
 
 
 def _native(q, k, v, mask, scale):
@@ -224,8 +267,18 @@ def _native_backward(d_out, q, k, v, mask, stats, scale):
     d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     mask, pointers = _pointers(q, k, v, mask)
     stats = stats.contiguous()
-    library.cross_attention_backward(*pointers, scale, DTYPE_CODES[q.dtype], stats.data_ptr(), d_out.data_ptr(), d_out.stride(),
-                                     d_q.data_ptr(), d_k.data_ptr(), d_v.data_ptr(), launch)
+    library.cross_attention_backward(
+        *pointers,
+        scale,
+        DTYPE_CODES[q.dtype],
+        stats.data_ptr(),
+        d_out.data_ptr(),
+        d_out.stride(),
+        d_q.data_ptr(),
+        d_k.data_ptr(),
+        d_v.data_ptr(),
+        launch,
+    )
     return d_q, d_k, d_v
 
 
@@ -259,6 +312,8 @@ def _triton_args_why_not(q, k, v, *rest):
 
 BACKENDS = (
     Backend("native", _define("cross_attention", _native, _native_backward), _native_why_not),
-    Backend("triton", _define("cross_attention_triton", _triton, _triton_backward), triton_why_not, _triton_args_why_not),
+    Backend(
+        "triton", _define("cross_attention_triton", _triton, _triton_backward), triton_why_not, _triton_args_why_not
+    ),
     Backend("eager", cross_attention_eager, eager_why_not),
 )

@@ -74,8 +74,14 @@ def fourier_embed(x: torch.Tensor, frequencies: torch.Tensor, *, backend: str | 
     return choose("fourier_embed", EMBED_BACKENDS, (x, frequencies), backend)(x, frequencies)
 
 
-def fourier_linear(x: torch.Tensor, frequencies: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *,
-                   backend: str | None = None) -> torch.Tensor:
+def fourier_linear(
+    x: torch.Tensor,
+    frequencies: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> torch.Tensor:
     """F.linear(fourier_embed(x, frequencies), weight, bias) without the embedding in memory.
 
     Args:
@@ -91,16 +97,22 @@ def fourier_linear(x: torch.Tensor, frequencies: torch.Tensor, weight: torch.Ten
     frequencies = _checked(x, frequencies)
     check_floating("weight", weight)
     columns = 2 * x.shape[-1] * frequencies.shape[0]
-    require(weight.ndim == 2 and weight.shape[1] == columns,
-            f"weight must have shape (M, 2 D F) with 2 D F = {columns}, got {tuple(weight.shape)}")
-    require(x.dtype == weight.dtype or (x.dtype == torch.float32 and weight.dtype in (torch.bfloat16, torch.float16)),
-            f"x must have the dtype of weight ({weight.dtype}), or float32 with a 16-bit weight, got {x.dtype}")
+    require(
+        weight.ndim == 2 and weight.shape[1] == columns,
+        f"weight must have shape (M, 2 D F) with 2 D F = {columns}, got {tuple(weight.shape)}",
+    )
+    require(
+        x.dtype == weight.dtype or (x.dtype == torch.float32 and weight.dtype in (torch.bfloat16, torch.float16)),
+        f"x must have the dtype of weight ({weight.dtype}), or float32 with a 16-bit weight, got {x.dtype}",
+    )
     require(weight.device == x.device, f"weight must be on the device of x ({x.device}), got {weight.device}")
     if bias is not None:
         check_floating("bias", bias)
-        require(bias.shape == weight.shape[:1] and bias.dtype == weight.dtype and bias.device == x.device,
-                f"bias must have shape ({weight.shape[0]},) and the dtype and device of weight ({weight.dtype}, {x.device}), "
-                f"got {tuple(bias.shape)}, {bias.dtype}, {bias.device}")
+        require(
+            bias.shape == weight.shape[:1] and bias.dtype == weight.dtype and bias.device == x.device,
+            f"bias must have shape ({weight.shape[0]},) and the dtype and device of weight ({weight.dtype}, {x.device}), "
+            f"got {tuple(bias.shape)}, {bias.dtype}, {bias.device}",
+        )
     if torch.is_autocast_enabled(x.device.type) and weight.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -114,7 +126,9 @@ def _checked(x, frequencies):
     check_floating("frequencies", frequencies)
     require(x.ndim >= 1, "x must have shape (..., D), got a tensor without axes")
     require(frequencies.ndim == 1, f"frequencies must have shape (F,), got {tuple(frequencies.shape)}")
-    require(frequencies.device == x.device, f"frequencies must be on the device of x ({x.device}), got {frequencies.device}")
+    require(
+        frequencies.device == x.device, f"frequencies must be on the device of x ({x.device}), got {frequencies.device}"
+    )
     return frequencies.to(_angle_dtype(x))
 
 
@@ -130,14 +144,22 @@ def octaves(n: int, *, scale: float = 2 * math.pi, first: int = 0, dtype=torch.f
     return (scale * 2.0 ** torch.arange(first, first + n, dtype=torch.float64)).to(device, dtype)
 
 
-def linear_range(low: float, high: float, n: int, *, scale: float = 2 * math.pi, dtype=torch.float32,
-                 device=None) -> torch.Tensor:
+def linear_range(
+    low: float, high: float, n: int, *, scale: float = 2 * math.pi, dtype=torch.float32, device=None
+) -> torch.Tensor:
     """scale low ... scale high in n equal steps, both ends included, computed in float64."""
     return (scale * torch.linspace(low, high, n, dtype=torch.float64)).to(device, dtype)
 
 
-def gaussian(n: int, sigma: float, *, scale: float = 2 * math.pi, generator: torch.Generator | None = None,
-             dtype=torch.float32, device=None) -> torch.Tensor:
+def gaussian(
+    n: int,
+    sigma: float,
+    *,
+    scale: float = 2 * math.pi,
+    generator: torch.Generator | None = None,
+    dtype=torch.float32,
+    device=None,
+) -> torch.Tensor:
     """n draws from a normal distribution of standard deviation scale sigma."""
     return (scale * sigma * torch.randn(n, dtype=torch.float64, generator=generator)).to(device, dtype)
 
@@ -218,8 +240,13 @@ def _define(suffix, launch_embed, launch_backward, launch_linear):
         if weight.shape[1] == 0:
             return out.zero_() if bias is None else out.copy_(bias.expand_as(out))
         if out.numel():
-            launch_linear(x.to(frequencies.dtype).contiguous(), frequencies.contiguous(), weight.contiguous(),
-                          None if bias is None else bias.contiguous(), out)
+            launch_linear(
+                x.to(frequencies.dtype).contiguous(),
+                frequencies.contiguous(),
+                weight.contiguous(),
+                None if bias is None else bias.contiguous(),
+                out,
+            )
         return out
 
     def embed_backward(ctx, d_out):
@@ -268,14 +295,33 @@ def _define(suffix, launch_embed, launch_backward, launch_linear):
             return torch.vmap(fourier_linear_eager, in_dims)(x, frequencies, weight, bias), 0
         return linear(x.movedim(in_dims[0], 0), frequencies, weight, bias), 0
 
-    embed = define(f"fourier_embed{suffix}(Tensor x, Tensor frequencies) -> Tensor", fake=_embed_fake,
-                   setup_context=_save_inputs, backward=embed_backward, vmap=embed_vmap, CPU=run_embed, CUDA=run_embed)
-    backward = define(f"fourier_embed_backward{suffix}(Tensor d_out, Tensor x, Tensor frequencies) -> (Tensor, Tensor)",
-                      fake=_backward_fake, setup_context=_save_inputs, backward=second_backward, vmap=backward_vmap,
-                      CPU=run_backward, CUDA=run_backward)
-    linear = define(f"fourier_linear{suffix}(Tensor x, Tensor frequencies, Tensor weight, Tensor? bias) -> Tensor",
-                    fake=_linear_fake, setup_context=_save_inputs, backward=linear_backward, vmap=linear_vmap,
-                    CPU=run_linear, CUDA=run_linear)
+    embed = define(
+        f"fourier_embed{suffix}(Tensor x, Tensor frequencies) -> Tensor",
+        fake=_embed_fake,
+        setup_context=_save_inputs,
+        backward=embed_backward,
+        vmap=embed_vmap,
+        CPU=run_embed,
+        CUDA=run_embed,
+    )
+    backward = define(
+        f"fourier_embed_backward{suffix}(Tensor d_out, Tensor x, Tensor frequencies) -> (Tensor, Tensor)",
+        fake=_backward_fake,
+        setup_context=_save_inputs,
+        backward=second_backward,
+        vmap=backward_vmap,
+        CPU=run_backward,
+        CUDA=run_backward,
+    )
+    linear = define(
+        f"fourier_linear{suffix}(Tensor x, Tensor frequencies, Tensor weight, Tensor? bias) -> Tensor",
+        fake=_linear_fake,
+        setup_context=_save_inputs,
+        backward=linear_backward,
+        vmap=linear_vmap,
+        CPU=run_linear,
+        CUDA=run_linear,
+    )
     return embed, linear
 
 
@@ -288,23 +334,41 @@ def _sizes(x, frequencies):
 
 def _native_embed(x, frequencies, out):
     library, launch = where(x)
-    library.fourier_embed(x.data_ptr(), frequencies.data_ptr(), out.data_ptr(), DTYPE_CODES[x.dtype],
-                          *_sizes(x, frequencies), launch)
+    library.fourier_embed(
+        x.data_ptr(), frequencies.data_ptr(), out.data_ptr(), DTYPE_CODES[x.dtype], *_sizes(x, frequencies), launch
+    )
 
 
 def _native_backward(d_out, x, frequencies, d_x, d_frequencies):
     library, launch = where(x)
     sizes = _sizes(x, frequencies)
     workspace = x.new_empty(library.fourier_workspace(sizes[0], sizes[2]), dtype=torch.float64) if x.is_cuda else None
-    library.fourier_embed_backward(d_out.data_ptr(), x.data_ptr(), frequencies.data_ptr(), d_x.data_ptr(),
-                                   d_frequencies.data_ptr(), DTYPE_CODES[x.dtype], *sizes,
-                                   workspace.data_ptr() if x.is_cuda else 0, launch)
+    library.fourier_embed_backward(
+        d_out.data_ptr(),
+        x.data_ptr(),
+        frequencies.data_ptr(),
+        d_x.data_ptr(),
+        d_frequencies.data_ptr(),
+        DTYPE_CODES[x.dtype],
+        *sizes,
+        workspace.data_ptr() if x.is_cuda else 0,
+        launch,
+    )
 
 
 def _native_linear(x, frequencies, weight, bias, out):
     library, launch = where(x)
-    library.fourier_linear(x.data_ptr(), frequencies.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(),
-                           out.data_ptr(), DTYPE_CODES[weight.dtype], *_sizes(x, frequencies), weight.shape[0], launch)
+    library.fourier_linear(
+        x.data_ptr(),
+        frequencies.data_ptr(),
+        weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        DTYPE_CODES[weight.dtype],
+        *_sizes(x, frequencies),
+        weight.shape[0],
+        launch,
+    )
 
 
 def _triton_embed(*args):

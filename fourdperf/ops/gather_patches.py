@@ -56,8 +56,17 @@ BORDERS = ("shift", "replicate")
 _UINT8 = 4  # after the codes of floating types
 
 
-def gather_patches(video: torch.Tensor, t: torch.Tensor, points: torch.Tensor, size: int = 9, *, mode: str = "round",
-                   coordinates: str = "scaled", border: str = "shift", backend: str | None = None) -> torch.Tensor:
+def gather_patches(
+    video: torch.Tensor,
+    t: torch.Tensor,
+    points: torch.Tensor,
+    size: int = 9,
+    *,
+    mode: str = "round",
+    coordinates: str = "scaled",
+    border: str = "shift",
+    backend: str | None = None,
+) -> torch.Tensor:
     """Square patches around points of a video. See the module for maths, conventions, dtypes and errors.
 
     Args:
@@ -79,13 +88,19 @@ def gather_patches(video: torch.Tensor, t: torch.Tensor, points: torch.Tensor, s
     require(video.ndim == 5, f"video must have shape (B, T, H, W, C), got {tuple(video.shape)}")
     check_floating("points", points)
     batch = video.shape[0]
-    require(points.ndim == 3 and points.shape[0] == batch and points.shape[2] == 2,
-            f"points must have shape (B, N, 2) with B = {batch}, got {tuple(points.shape)}")
-    require(isinstance(t, torch.Tensor) and not t.is_floating_point() and not t.is_complex() and t.dtype != torch.bool,
-            f"t must be a tensor of integers, got {getattr(t, 'dtype', type(t).__name__)}")
+    require(
+        points.ndim == 3 and points.shape[0] == batch and points.shape[2] == 2,
+        f"points must have shape (B, N, 2) with B = {batch}, got {tuple(points.shape)}",
+    )
+    require(
+        isinstance(t, torch.Tensor) and not t.is_floating_point() and not t.is_complex() and t.dtype != torch.bool,
+        f"t must be a tensor of integers, got {getattr(t, 'dtype', type(t).__name__)}",
+    )
     require(t.shape == points.shape[:2], f"t must have shape (B, N) = {tuple(points.shape[:2])}, got {tuple(t.shape)}")
-    require(t.device == video.device and points.device == video.device,
-            f"t and points must be on the device of video ({video.device}), got {t.device} and {points.device}")
+    require(
+        t.device == video.device and points.device == video.device,
+        f"t and points must be on the device of video ({video.device}), got {t.device} and {points.device}",
+    )
     require(size >= 1, f"size must be at least 1, got {size}")
     check_choice("mode", mode, MODES)
     check_choice("coordinates", coordinates, COORDINATES)
@@ -93,8 +108,10 @@ def gather_patches(video: torch.Tensor, t: torch.Tensor, points: torch.Tensor, s
     frames, height, width = video.shape[1:4]
     if points.shape[1] > 0 and batch > 0:
         require(frames > 0 and height > 0 and width > 0, f"video must not be empty, got shape {tuple(video.shape)}")
-        require(border != "shift" or min(height, width) >= size,
-                f"border='shift' needs frames of at least {size} x {size} pixels, got {height} x {width}")
+        require(
+            border != "shift" or min(height, width) >= size,
+            f"border='shift' needs frames of at least {size} x {size} pixels, got {height} x {width}",
+        )
     points = points if points.dtype == torch.float64 else points.float()
     args = video, t.to(torch.int64), points, size, mode, coordinates, border
     return choose("gather_patches", BACKENDS, args, backend)(*args)
@@ -153,8 +170,10 @@ def _fake(video, t, points, size, mode, coordinates, border):
 
 
 def _backward_fake(d_out, video, t, points, size, mode, coordinates, border, for_video, for_points):
-    return (video.new_empty(video.shape if for_video else (0,), dtype=d_out.dtype),
-            points.new_empty(points.shape if for_points else (0,)))
+    return (
+        video.new_empty(video.shape if for_video else (0,), dtype=d_out.dtype),
+        points.new_empty(points.shape if for_points else (0,)),
+    )
 
 
 def _backward_eager(d_out, video, points, t, options, for_video, for_points):
@@ -180,11 +199,23 @@ def _define(suffix, launch, launch_backward):
         return out
 
     def run_backward(d_out, video, t, points, size, mode, coordinates, border, for_video, for_points):
-        d_video, d_points = _backward_fake(d_out, video, t, points, size, mode, coordinates, border, for_video, for_points)
+        d_video, d_points = _backward_fake(
+            d_out, video, t, points, size, mode, coordinates, border, for_video, for_points
+        )
         if d_out.numel() == 0:
             return d_video.zero_(), d_points.zero_()
-        launch_backward(d_out.contiguous(), video, t.contiguous(), points.contiguous(), d_video, d_points, size, mode,
-                        coordinates, border)
+        launch_backward(
+            d_out.contiguous(),
+            video,
+            t.contiguous(),
+            points.contiguous(),
+            d_video,
+            d_points,
+            size,
+            mode,
+            coordinates,
+            border,
+        )
         return d_video, d_points
 
     def save(ctx, inputs, output):
@@ -205,7 +236,9 @@ def _define(suffix, launch, launch_backward):
         d_out, video, t, points = ctx.saved_tensors
         *options, for_video, for_points = ctx.options
         if video.is_floating_point():
-            first = lambda d_out, video, points: _backward_eager(d_out, video, points, t, options, for_video, for_points)
+            first = lambda d_out, video, points: _backward_eager(
+                d_out, video, points, t, options, for_video, for_points
+            )
             g_out, d_video, d_points = torch.func.vjp(first, d_out, video, points)[1]((g_video, g_points))
         else:
             first = lambda d_out, points: _backward_eager(d_out, video, points, t, options, for_video, for_points)
@@ -215,26 +248,45 @@ def _define(suffix, launch, launch_backward):
     def vmap(info, in_dims, video, t, points, *options):
         """The mapped axis joins the batch."""
         size = info.batch_size
-        video, t, points = (x.movedim(d, 0) if d is not None else x.expand(size, *x.shape)
-                            for x, d in zip((video, t, points), in_dims))
+        video, t, points = (
+            x.movedim(d, 0) if d is not None else x.expand(size, *x.shape) for x, d in zip((video, t, points), in_dims)
+        )
         batch = video.shape[1]
         out = op(_flat(video), _flat(t), _flat(points), *options)
         return out.unflatten(0, (size, batch)), 0
 
     def backward_vmap(info, in_dims, d_out, video, t, points, *options):
         size = info.batch_size
-        d_out, video, t, points = (x.movedim(d, 0) if d is not None else x.expand(size, *x.shape)
-                                   for x, d in zip((d_out, video, t, points), in_dims))
+        d_out, video, t, points = (
+            x.movedim(d, 0) if d is not None else x.expand(size, *x.shape)
+            for x, d in zip((d_out, video, t, points), in_dims)
+        )
         grads = backward(_flat(d_out), _flat(video), _flat(t), _flat(points), *options)
         wanted = options[-2:]
-        return tuple(g.reshape(size, *x.shape[1:]) if want else g.new_zeros(size, 0)
-                     for g, x, want in zip(grads, (video, points), wanted)), (0, 0)
+        return tuple(
+            g.reshape(size, *x.shape[1:]) if want else g.new_zeros(size, 0)
+            for g, x, want in zip(grads, (video, points), wanted)
+        ), (0, 0)
 
-    op = define(f"gather_patches{suffix}({_SCHEMA}) -> Tensor", fake=_fake, setup_context=save, backward=first_backward,
-                vmap=vmap, CPU=forward, CUDA=forward)
-    backward = define(f"gather_patches_backward{suffix}(Tensor d_out, {_SCHEMA}, bool for_video, bool for_points)"
-                      " -> (Tensor, Tensor)", fake=_backward_fake, setup_context=save_backward, backward=second_backward,
-                      vmap=backward_vmap, CPU=run_backward, CUDA=run_backward)
+    op = define(
+        f"gather_patches{suffix}({_SCHEMA}) -> Tensor",
+        fake=_fake,
+        setup_context=save,
+        backward=first_backward,
+        vmap=vmap,
+        CPU=forward,
+        CUDA=forward,
+    )
+    backward = define(
+        f"gather_patches_backward{suffix}(Tensor d_out, {_SCHEMA}, bool for_video, bool for_points)"
+        " -> (Tensor, Tensor)",
+        fake=_backward_fake,
+        setup_context=save_backward,
+        backward=second_backward,
+        vmap=backward_vmap,
+        CPU=run_backward,
+        CUDA=run_backward,
+    )
     return op
 
 
@@ -246,21 +298,38 @@ def _flat(x):
 
 
 def _codes(video, points, size, mode, coordinates, border):
-    return (_UINT8 if video.dtype == torch.uint8 else DTYPE_CODES[video.dtype], DTYPE_CODES[points.dtype], *video.shape,
-            *video.stride(), points.shape[1], size, MODES.index(mode), COORDINATES.index(coordinates), BORDERS.index(border))
+    return (
+        _UINT8 if video.dtype == torch.uint8 else DTYPE_CODES[video.dtype],
+        DTYPE_CODES[points.dtype],
+        *video.shape,
+        *video.stride(),
+        points.shape[1],
+        size,
+        MODES.index(mode),
+        COORDINATES.index(coordinates),
+        BORDERS.index(border),
+    )
 
 
 def _native(video, t, points, out, *options):
     library, launch = where(video)
-    library.gather_patches(video.data_ptr(), t.data_ptr(), points.data_ptr(), out.data_ptr(), *_codes(video, points, *options),
-                           launch)
+    library.gather_patches(
+        video.data_ptr(), t.data_ptr(), points.data_ptr(), out.data_ptr(), *_codes(video, points, *options), launch
+    )
 
 
 def _native_backward(d_out, video, t, points, d_video, d_points, *options):
     library, launch = where(video)
     library.gather_patches_backward(
-        d_out.data_ptr(), video.data_ptr(), t.data_ptr(), points.data_ptr(), d_video.data_ptr() if d_video.numel() else 0,
-        d_points.data_ptr() if d_points.numel() else 0, *_codes(video, points, *options), launch)
+        d_out.data_ptr(),
+        video.data_ptr(),
+        t.data_ptr(),
+        points.data_ptr(),
+        d_video.data_ptr() if d_video.numel() else 0,
+        d_points.data_ptr() if d_points.numel() else 0,
+        *_codes(video, points, *options),
+        launch,
+    )
 
 
 def _triton(*args):

@@ -49,8 +49,15 @@ LONGEST = 2**30  # positions are computed in whole numbers of 64 bits, products 
 _HALF = (torch.bfloat16, torch.float16)
 
 
-def resize(x: torch.Tensor, sizes: int | Sequence[int], dims: int | Sequence[int], *, method: str = "cubic",
-           antialias: bool = True, backend: str | None = None) -> torch.Tensor:
+def resize(
+    x: torch.Tensor,
+    sizes: int | Sequence[int],
+    dims: int | Sequence[int],
+    *,
+    method: str = "cubic",
+    antialias: bool = True,
+    backend: str | None = None,
+) -> torch.Tensor:
     """Resamples the axes `dims` of `x` to the lengths `sizes`. See the module for maths, dtypes and errors.
 
     Args:
@@ -82,7 +89,8 @@ def resize(x: torch.Tensor, sizes: int | Sequence[int], dims: int | Sequence[int
     changed = [(size, dim) for size, dim in zip(sizes, dims) if x.shape[dim] != size]
     sizes, dims = [size for size, _ in changed], [dim for _, dim in changed]
     return choose("resize", BACKENDS, (x, sizes, dims, method, antialias, False), backend)(
-        x, sizes, dims, method, antialias, False)
+        x, sizes, dims, method, antialias, False
+    )
 
 
 # ---- eager
@@ -121,8 +129,11 @@ def resize_eager(x, sizes, dims, method="cubic", antialias=True, adjoint=False):
             if size == 0 or n == 0:
                 y = y.new_zeros(_replaced(y.shape, (size,), (dim,)))
                 continue
-            matrix = resize_matrix(size, n, method, antialias, x.device).T if adjoint else \
-                resize_matrix(n, size, method, antialias, x.device)
+            matrix = (
+                resize_matrix(size, n, method, antialias, x.device).T
+                if adjoint
+                else resize_matrix(n, size, method, antialias, x.device)
+            )
             y = torch.movedim(torch.tensordot(matrix.to(y.dtype), y, dims=([1], [dim])), 0, dim)
     return y.to(x.dtype).contiguous()
 
@@ -163,7 +174,7 @@ def _per_axis(resize_axis):
             if y.numel() == 0 or out.numel() == 0:
                 out.zero_()
             else:
-                outer, n, inner = math.prod(y.shape[:dim]), y.shape[dim], math.prod(y.shape[dim + 1:])
+                outer, n, inner = math.prod(y.shape[:dim]), y.shape[dim], math.prod(y.shape[dim + 1 :])
                 n_in, n_out = (size, n) if adjoint else (n, size)
                 resize_axis(y, out, outer, n_in, n_out, inner, METHODS.index(method), antialias, adjoint)
             y = out
@@ -177,10 +188,26 @@ def _per_axis(resize_axis):
 
 def _native_axis(x, out, outer, n_in, n_out, inner, method, antialias, adjoint):
     library, launch = where(x)
-    workspace = x.new_empty(library.resize_workspace(n_in, n_out, method, antialias, adjoint), dtype=torch.float64) \
-        if x.is_cuda else None
-    library.resize(x.data_ptr(), out.data_ptr(), DTYPE_CODES[x.dtype], DTYPE_CODES[out.dtype], outer, n_in, n_out, inner,
-                   method, antialias, adjoint, workspace.data_ptr() if x.is_cuda else 0, launch)
+    workspace = (
+        x.new_empty(library.resize_workspace(n_in, n_out, method, antialias, adjoint), dtype=torch.float64)
+        if x.is_cuda
+        else None
+    )
+    library.resize(
+        x.data_ptr(),
+        out.data_ptr(),
+        DTYPE_CODES[x.dtype],
+        DTYPE_CODES[out.dtype],
+        outer,
+        n_in,
+        n_out,
+        inner,
+        method,
+        antialias,
+        adjoint,
+        workspace.data_ptr() if x.is_cuda else 0,
+        launch,
+    )
 
 
 def _triton_axis(*args):
@@ -199,8 +226,15 @@ def _define(name, resize_axis):
     def vmap(info, in_dims, x, sizes, dims, method, antialias, adjoint):
         return op(x.movedim(in_dims[0], 0), sizes, [dim + 1 for dim in dims], method, antialias, adjoint), 0
 
-    op = define(name + _SCHEMA, fake=_fake, setup_context=_setup_context, backward=backward, vmap=vmap,
-                CPU=implementation, CUDA=implementation)
+    op = define(
+        name + _SCHEMA,
+        fake=_fake,
+        setup_context=_setup_context,
+        backward=backward,
+        vmap=vmap,
+        CPU=implementation,
+        CUDA=implementation,
+    )
     return op
 
 

@@ -63,9 +63,19 @@ BORDERS = ("mask", "shift", "zero")
 _MOST = 2**20
 
 
-def window_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | Sequence[int], *, border: str = "mask",
-                     dilation: int | Sequence[int] = 1, scale: float | None = None, extra_k: torch.Tensor | None = None,
-                     extra_v: torch.Tensor | None = None, backend: str | None = None) -> torch.Tensor:
+def window_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    window: int | Sequence[int],
+    *,
+    border: str = "mask",
+    dilation: int | Sequence[int] = 1,
+    scale: float | None = None,
+    extra_k: torch.Tensor | None = None,
+    extra_v: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
     """Attention of every token of a frame to the tokens around it. See the module for maths, layout, borders and errors.
 
     Args:
@@ -106,12 +116,16 @@ def window_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: 
     q, k, v = (x.reshape(frames, *x.shape[-4:]) for x in (q, tensors["k"], tensors["v"]))
     if extra_k is not None:
         extra_k, extra_v = (_extra(name, tensors[name], lead, frames, q) for name in ("extra_k", "extra_v"))
-        require(extra_k.shape == extra_v.shape, f"extra_v must have as many tokens as extra_k ({extra_k.shape[1]}), "
-                                                f"got {extra_v.shape[1]}")
+        require(
+            extra_k.shape == extra_v.shape,
+            f"extra_v must have as many tokens as extra_k ({extra_k.shape[1]}), got {extra_v.shape[1]}",
+        )
         if extra_k.shape[1] == 0:
             extra_k = extra_v = None
     args = (q, k, v, extra_k, extra_v, window, dilation, border, scale)
-    return choose("window_attention", _ON_CUDA if q.is_cuda else BACKENDS, args, backend)(*args).reshape(*lead, *q.shape[1:])
+    return choose("window_attention", _ON_CUDA if q.is_cuda else BACKENDS, args, backend)(*args).reshape(
+        *lead, *q.shape[1:]
+    )
 
 
 def _autocast(q, tensors):
@@ -125,14 +139,18 @@ def _autocast(q, tensors):
 
 def _pair(name, value):
     pair = (value, value) if isinstance(value, int) else tuple(value)
-    require(len(pair) == 2 and all(isinstance(v, int) and 1 <= v <= _MOST for v in pair),
-            f"{name} must be a whole number from 1 to 2^20, or two of them (along H, along W), got {value!r}")
+    require(
+        len(pair) == 2 and all(isinstance(v, int) and 1 <= v <= _MOST for v in pair),
+        f"{name} must be a whole number from 1 to 2^20, or two of them (along H, along W), got {value!r}",
+    )
     return pair
 
 
 def _extra(name, x, lead, frames, q):
-    require(x.ndim >= 3 and x.shape[-2:] == q.shape[-2:],
-            f"{name} must be (B..., E, {q.shape[-2]}, {q.shape[-1]}) to fit q, got shape {tuple(x.shape)}")
+    require(
+        x.ndim >= 3 and x.shape[-2:] == q.shape[-2:],
+        f"{name} must be (B..., E, {q.shape[-2]}, {q.shape[-1]}) to fit q, got shape {tuple(x.shape)}",
+    )
     own = x.shape[:-3]
     fits = len(own) <= len(lead) and all(a in (1, b) for a, b in zip(own[::-1], lead[::-1]))
     require(fits, f"the leading axes of {name} must broadcast to those of q, {tuple(lead)}, got shape {tuple(x.shape)}")
@@ -153,14 +171,17 @@ def window_attention_eager(q, k, v, extra_k, extra_v, window, dilation, border, 
     with torch.autocast(q.device.type, enabled=False):
         k, v = (x.flatten(1, 2)[:, index] for x in (k, v))  # (frames, tokens, keys, heads, D)
         if extra_k is not None:
-            k, v = (torch.cat((x, e[:, None].expand(-1, height * width, -1, -1, -1)), 2) for x, e in ((k, extra_k), (v, extra_v)))
+            k, v = (
+                torch.cat((x, e[:, None].expand(-1, height * width, -1, -1, -1)), 2)
+                for x, e in ((k, extra_k), (v, extra_v))
+            )
             inside = F.pad(inside, (0, extra_k.shape[1]), value=True)
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         scores = (torch.einsum("fnhd,fnkhd->fnhk", q.flatten(1, 2), k).to(wide) * scale).masked_fill(~inside, -math.inf)
         if border == "zero":  # so many keys of score 0 and value 0: one of score log(how many)
             zeros = window[0] * window[1] - inside[..., :keys].sum(-1, keepdim=True)
             scores = torch.cat((scores, zeros.to(wide).log().expand(frames, -1, heads, 1)), -1)
-        weights = scores.softmax(-1)[..., :k.shape[2]].to(q.dtype)
+        weights = scores.softmax(-1)[..., : k.shape[2]].to(q.dtype)
         return torch.einsum("fnhk,fnkhd->fnhd", weights, v).reshape(q.shape)
 
 
@@ -218,7 +239,9 @@ _BACKWARD_SCHEMA = f"(Tensor d_out, Tensor out, Tensor lse, {_INPUTS}) -> (Tenso
 def _outputs(q):
     """out (frames, H, W, heads, D) and lse (frames, heads, H, W)."""
     frames, height, width, heads, _ = q.shape
-    lse = q.new_empty((frames, heads, height, width), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+    lse = q.new_empty(
+        (frames, heads, height, width), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32
+    )
     return q.new_empty(q.shape), lse
 
 
@@ -254,8 +277,13 @@ def _define(name, forward, backward):
     def backward_implementation(d_out, out, lse, q, k, v, extra_k, extra_v, *options):
         gradients = _gradients(q, extra_k)
         if q.numel():
-            backward([_dense_heads(x) for x in (d_out, q, k, v, extra_k, extra_v)], out.contiguous(), lse.contiguous(), gradients,
-                     *options)
+            backward(
+                [_dense_heads(x) for x in (d_out, q, k, v, extra_k, extra_v)],
+                out.contiguous(),
+                lse.contiguous(),
+                gradients,
+                *options,
+            )
         else:
             for gradient in gradients:
                 gradient.zero_()
@@ -265,8 +293,10 @@ def _define(name, forward, backward):
         raise RuntimeError("window_attention has no second derivative; backend='eager' has")
 
     def fold(tensors, in_dims, size):
-        moved = [x if x is None else x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
-                 for x, dim in zip(tensors, in_dims)]
+        moved = [
+            x if x is None else x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+            for x, dim in zip(tensors, in_dims)
+        ]
         return [x if x is None else x.reshape(-1, *x.shape[2:]) for x in moved]
 
     def vmap(info, in_dims, *args):
@@ -283,10 +313,24 @@ def _define(name, forward, backward):
         extra = (None, None) if extra_k is None else (d_extra_k, d_extra_v)
         return d_q, d_k, d_v, *extra, None, None, None, None
 
-    op_backward = define(f"{name}_backward{_BACKWARD_SCHEMA}", fake=_fake_backward, setup_context=lambda ctx, inputs, output: None,
-                         backward=twice, vmap=vmap_backward, CPU=backward_implementation, CUDA=backward_implementation)
-    op = define(name + _SCHEMA, fake=_fake, setup_context=_setup_context, backward=differentiate, vmap=vmap, CPU=implementation,
-                CUDA=implementation)
+    op_backward = define(
+        f"{name}_backward{_BACKWARD_SCHEMA}",
+        fake=_fake_backward,
+        setup_context=lambda ctx, inputs, output: None,
+        backward=twice,
+        vmap=vmap_backward,
+        CPU=backward_implementation,
+        CUDA=backward_implementation,
+    )
+    op = define(
+        name + _SCHEMA,
+        fake=_fake,
+        setup_context=_setup_context,
+        backward=differentiate,
+        vmap=vmap,
+        CPU=implementation,
+        CUDA=implementation,
+    )
     return lambda *args: op(*args)[0]
 
 
@@ -308,8 +352,16 @@ def _native_arguments(q, k, v, extra_k, extra_v, window, dilation, border, scale
 def _native_forward(tensors, out, lse, *options):
     library, launch = where(out)
     addresses, dtype, sizes, extra_strides, *rest = _native_arguments(*tensors, *options)
-    library.window_attention(addresses, (out.data_ptr(), lse.data_ptr()), dtype, sizes, [x.stride()[:4] for x in tensors[:3]],
-                             extra_strides, *rest, launch)
+    library.window_attention(
+        addresses,
+        (out.data_ptr(), lse.data_ptr()),
+        dtype,
+        sizes,
+        [x.stride()[:4] for x in tensors[:3]],
+        extra_strides,
+        *rest,
+        launch,
+    )
 
 
 def _native_backward(tensors, out, lse, gradients, *options):
@@ -318,9 +370,16 @@ def _native_backward(tensors, out, lse, gradients, *options):
     workspace = lse.new_empty((2, *lse.shape)) if lse.is_cuda else None
     addresses, dtype, sizes, extra_strides, *rest = _native_arguments(*tensors, *options)
     library.window_attention_backward(
-        addresses, (out.data_ptr(), lse.data_ptr(), d_out.data_ptr(), workspace.data_ptr() if lse.is_cuda else 0),
-        [x.data_ptr() for x in gradients], dtype, sizes,
-        [x.stride()[:4] for x in (*tensors[:3], d_out)], extra_strides, *rest, launch)
+        addresses,
+        (out.data_ptr(), lse.data_ptr(), d_out.data_ptr(), workspace.data_ptr() if lse.is_cuda else 0),
+        [x.data_ptr() for x in gradients],
+        dtype,
+        sizes,
+        [x.stride()[:4] for x in (*tensors[:3], d_out)],
+        extra_strides,
+        *rest,
+        launch,
+    )
 
 
 def _triton_forward(*args):
@@ -349,9 +408,15 @@ def _triton_args_why_not(q, *rest):
 
 BACKENDS = (
     Backend("sdpa", _sdpa, _sdpa_device_why_not, _sdpa_args_why_not),
-    Backend("native", _define("window_attention", _native_forward, _native_backward), native_why_not, _native_args_why_not),
-    Backend("triton", _define("window_attention_triton", _triton_forward, _triton_backward), triton_why_not,
-            _triton_args_why_not),
+    Backend(
+        "native", _define("window_attention", _native_forward, _native_backward), native_why_not, _native_args_why_not
+    ),
+    Backend(
+        "triton",
+        _define("window_attention_triton", _triton_forward, _triton_backward),
+        triton_why_not,
+        _triton_args_why_not,
+    ),
     Backend("eager", window_attention_eager, eager_why_not),
 )
 _ON_CUDA = (BACKENDS[0], BACKENDS[2], BACKENDS[1], BACKENDS[3])  # tensor cores: in Triton

@@ -11,11 +11,24 @@ import torch.nn.functional as F
 from fourdperf.models.layers import CrossBlock, CrossDecoder
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "d4rt"
-PORT_A = (("norm1", "attention_norm"), ("norm2", "mlp_norm"), ("cross_attn.out_proj", "attention.out"), ("ffn.0", "mlp.dense_in"),
-          ("ffn.3", "mlp.dense_out"))
-PORT_B = (("norm1", "attention_norm"), ("norm2", "mlp_norm"), ("norm_kv", "memory_norm"), ("cross_attn.q_proj", "attention.query"),
-          ("cross_attn.k_proj", "attention.key"), ("cross_attn.v_proj", "attention.value"), ("cross_attn.proj", "attention.out"),
-          ("mlp.fc1", "mlp.dense_in"), ("mlp.fc2", "mlp.dense_out"))
+PORT_A = (
+    ("norm1", "attention_norm"),
+    ("norm2", "mlp_norm"),
+    ("cross_attn.out_proj", "attention.out"),
+    ("ffn.0", "mlp.dense_in"),
+    ("ffn.3", "mlp.dense_out"),
+)
+PORT_B = (
+    ("norm1", "attention_norm"),
+    ("norm2", "mlp_norm"),
+    ("norm_kv", "memory_norm"),
+    ("cross_attn.q_proj", "attention.query"),
+    ("cross_attn.k_proj", "attention.key"),
+    ("cross_attn.v_proj", "attention.value"),
+    ("cross_attn.proj", "attention.out"),
+    ("mlp.fc1", "mlp.dense_in"),
+    ("mlp.fc2", "mlp.dense_out"),
+)
 
 
 def load(name):
@@ -59,8 +72,15 @@ def test_port_a(name, budget):
     """Outputs and every gradient of the genuine decoder; its head is one linear layer."""
     config, golden = load(name)
     params = prefixed(golden, "params/")
-    decoder = CrossDecoder(config["d_model"], config["num_layers"], config["nhead"], config["dim_feedforward"], eps=1e-5,
-                           approximate="none", memory_budget=budget)
+    decoder = CrossDecoder(
+        config["d_model"],
+        config["num_layers"],
+        config["nhead"],
+        config["dim_feedforward"],
+        eps=1e-5,
+        approximate="none",
+        memory_budget=budget,
+    )
     head = {key: params.pop(f"output_proj.{key}").requires_grad_() for key in ("weight", "bias")}
     decoder.load_state_dict(converted(params, PORT_A))
     queries, features = (golden[f"in/{key}"].requires_grad_() for key in ("queries", "encoder_features"))
@@ -69,7 +89,10 @@ def test_port_a(name, budget):
     outputs = F.linear(tokens, **head)
     check("query_features", tokens, golden["out/query_features"], config["atol"]["out/query_features"])
     check("outputs", outputs, golden["out/outputs"], config["atol"]["out/outputs"])
-    cotangents = [golden.get(f"in/cot/{key}", torch.zeros_like(x)) for key, x in (("outputs", outputs), ("query_features", tokens))]
+    cotangents = [
+        golden.get(f"in/cot/{key}", torch.zeros_like(x))
+        for key, x in (("outputs", outputs), ("query_features", tokens))
+    ]
     torch.autograd.backward([outputs, tokens], cotangents)
     check("d_queries", queries.grad, golden["grad/queries"], config["atol"]["grad/queries"])
     check("d_features", features.grad, golden["grad/encoder_features"], config["atol"]["grad/encoder_features"])
@@ -97,8 +120,15 @@ def test_port_b_decoder():
     """From its query embedding to its first head (the activations of the others are the model's)."""
     config, golden = load("b_decoder")
     width, params = config["embed_dim"], prefixed(golden, "params/")
-    decoder = CrossDecoder(width, config["depth"], config["num_heads"], int(width * config["mlp_ratio"]), norm_memory=True,
-                           eps=1e-5, approximate="none")
+    decoder = CrossDecoder(
+        width,
+        config["depth"],
+        config["num_heads"],
+        int(width * config["mlp_ratio"]),
+        norm_memory=True,
+        eps=1e-5,
+        approximate="none",
+    )
     blocks = {key: x for key, x in params.items() if key.startswith(("blocks.", "norm."))}
     decoder.load_state_dict(converted(blocks, PORT_B))
     tokens = decoder(golden["out/query"], decoder.prepare(golden["in/encoder_features"]))

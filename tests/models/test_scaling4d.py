@@ -525,7 +525,10 @@ VIDEO = torch.zeros(2, 4, 32, 48, 3)
         ({"video": VIDEO.movedim(-1, 1)}, r"video: expected \(B, T, H, W, 3\), got \(2, 3, 4, 32, 48\)"),
         ({"video": VIDEO[None]}, r"video: expected \(B, T, H, W, 3\), got \(1, 2, 4, 32, 48, 3\)"),
         ({"video": VIDEO[..., :1]}, r"video: expected \(B, T, H, W, 3\), got \(2, 4, 32, 48, 1\)"),
-        ({"video": VIDEO.byte()}, r"video: expected a floating point dtype, got torch.uint8; 8-bit .* x.float\(\) / 255"),
+        (
+            {"video": VIDEO.byte()},
+            r"video: expected a floating point dtype, got torch.uint8; 8-bit .* x.float\(\) / 255",
+        ),
         ({"video": VIDEO.numpy()}, "video: expected a tensor .*, got ndarray"),
         ({"video": VIDEO.to("meta")}, "video: expected it on cpu like the parameters, got meta"),
         ({"layers": [4]}, r"layers: expected integers in \[-4, 3\] or 'final', got 4"),

@@ -16,8 +16,10 @@ from fourdperf.ops.bilinear_sample import BORDERS, COORDINATES, MODES
 from tests.harness import check_op, dtypes, strided, transposed
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "functa"
-RULES = [dict(mode=m, coordinates=c, align_corners=a, border=b)
-         for m, c, a, b in itertools.product(MODES, COORDINATES, (True, False), BORDERS)]
+RULES = [
+    dict(mode=m, coordinates=c, align_corners=a, border=b)
+    for m, c, a, b in itertools.product(MODES, COORDINATES, (True, False), BORDERS)
+]
 # Each value of every option, and the rules that differ in kind
 SOME_RULES = [RULES[i] for i in (0, 4, 7, 11, 13, 17, 21, 24, 34)]
 rules = pytest.mark.parametrize("rule", RULES, ids=lambda rule: "-".join(map(str, rule.values())))
@@ -41,7 +43,10 @@ def sample(shape, dtype=torch.float64, seed=0):
 
 def points(shape, coordinates="unit", dtype=torch.float64, seed=1, beyond=0.4):
     """Coordinates inside the range and up to `beyond` of it outside."""
-    xy = torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * (1 + 2 * beyond) - beyond
+    xy = (
+        torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * (1 + 2 * beyond)
+        - beyond
+    )
     return (xy * 2 - 1 if coordinates == "signed" else xy).to(dtype)
 
 
@@ -73,15 +78,22 @@ def test_rules_agree_with_eager(rule, target):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_float32_points_of_a_16_bit_map(dtype, target):
     xy = points((2, 30, 2), dtype=torch.float32).to(target.device)
-    check_op(lambda map, backend: bilinear_sample(map, xy.to(map.device, torch.float64 if map.dtype == torch.float64 else
-                                                             torch.float32), backend=backend),
-             {"map": sample((2, 40, 60, 5))}, target, dtype)
+    check_op(
+        lambda map, backend: bilinear_sample(
+            map, xy.to(map.device, torch.float64 if map.dtype == torch.float64 else torch.float32), backend=backend
+        ),
+        {"map": sample((2, 40, 60, 5))},
+        target,
+        dtype,
+    )
     map, xy = sample((2, 4, 5, 3), dtype).to(target.device), xy.requires_grad_()
     (d_xy,) = torch.autograd.grad(bilinear_sample(map, xy, backend=target.backend).sum(), xy)
     assert d_xy.dtype == torch.float32
 
 
-@pytest.mark.parametrize("shapes", [SHAPES["vectors"], SHAPES["odd"], SHAPES["one_map_many_sets"]], ids=["vectors", "odd", "sets"])
+@pytest.mark.parametrize(
+    "shapes", [SHAPES["vectors"], SHAPES["odd"], SHAPES["one_map_many_sets"]], ids=["vectors", "odd", "sets"]
+)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_second_order_agrees_with_eager(shapes, dtype, target):
     map, xy = sample(shapes[0]).to(target.device), points(shapes[1]).to(target.device)
@@ -97,7 +109,10 @@ def test_second_order_agrees_with_eager(shapes, dtype, target):
 
 @some_rules
 def test_second_order_of_the_rules(rule, target):
-    map, xy = sample((2, 5, 6, 3)).to(target.device), points((2, 20, 2), rule["coordinates"], beyond=1.3).to(target.device)
+    map, xy = (
+        sample((2, 5, 6, 3)).to(target.device),
+        points((2, 20, 2), rule["coordinates"], beyond=1.3).to(target.device),
+    )
     want = second_order(lambda *args: bilinear_sample(*args, **rule, backend="eager"), map, xy)
     got = second_order(lambda *args: bilinear_sample(*args, **rule, backend=target.backend), map, xy)
     for a, b in zip(got, want):
@@ -107,7 +122,9 @@ def test_second_order_of_the_rules(rule, target):
 GRADCHECKS = [*itertools.product(("eager", "native"), SOME_RULES), ("triton", RULES[7])]
 
 
-@pytest.mark.parametrize("backend, rule", GRADCHECKS, ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v.values())))
+@pytest.mark.parametrize(
+    "backend, rule", GRADCHECKS, ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v.values()))
+)
 def test_gradcheck(backend, rule):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     small = backend == "triton" and device == "cpu"  # the interpreter is slow
@@ -130,10 +147,18 @@ def test_is_grid_sample(backend, mode, align_corners, border):
     map, grid = sample((2, 5, 7, 3)), points((2, 60, 2), "signed", beyond=2.0)
     grid[:, 40:] = (grid[:, 40:] * 8).round() / 8  # ties between pixels, border pixels, corners of the range
     padding = {"clamp": "border", "zeros": "zeros", "reflect": "reflection"}[border]
-    want = F.grid_sample(map.permute(0, 3, 1, 2), grid[:, :, None], mode=mode, padding_mode=padding,
-                         align_corners=align_corners)[..., 0].transpose(1, 2)
-    got = bilinear_sample(map, grid, mode="nearest_round" if mode == "nearest" else mode, coordinates="signed",
-                          align_corners=align_corners, border=border, backend=backend)
+    want = F.grid_sample(
+        map.permute(0, 3, 1, 2), grid[:, :, None], mode=mode, padding_mode=padding, align_corners=align_corners
+    )[..., 0].transpose(1, 2)
+    got = bilinear_sample(
+        map,
+        grid,
+        mode="nearest_round" if mode == "nearest" else mode,
+        coordinates="signed",
+        align_corners=align_corners,
+        border=border,
+        backend=backend,
+    )
     assert torch.allclose(got, want, rtol=0, atol=1e-12)
 
 
@@ -146,8 +171,11 @@ def test_goldens(file, backend):
         config = json.loads(str(golden["config"]))
         tensors = {key: torch.from_numpy(golden[key]) for key in golden if key != "config"}
     rule = dict(mode="nearest_floor", align_corners=False) if config["mode"] == "1-NN" else {}
-    allowed = lambda key: 30 * config["float32_noise"][key]["max_abs"] + 3e-6 * config["float32_noise"][key]["ref_max"] \
-        if key in config["float32_noise"] else 0
+    allowed = lambda key: (
+        30 * config["float32_noise"][key]["max_abs"] + 3e-6 * config["float32_noise"][key]["ref_max"]
+        if key in config["float32_noise"]
+        else 0
+    )
     map, xy = tensors["in/feature_map"].requires_grad_(), tensors["in/coords"].requires_grad_()
     out = bilinear_sample(map, xy, **rule, backend=backend)
     inside = ((xy >= 0) & (xy <= 1)).all(-1)
@@ -174,7 +202,9 @@ def test_special_coordinates(rule, target):
     for name, a, b in zip(("out", "d_map", "d_xy"), *results):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-4, equal_nan=True), name
     out, d_map, d_xy = results[0]
-    undefined = xy.isnan() if rule["border"] != "reflect" else ~(xy * 4).isfinite()  # products that overflow are infinite
+    undefined = (
+        xy.isnan() if rule["border"] != "reflect" else ~(xy * 4).isfinite()
+    )  # products that overflow are infinite
     if rule["mode"] == "bilinear":
         assert torch.equal(d_xy.isnan() & undefined, undefined)
     else:
@@ -199,20 +229,27 @@ def test_leading_dimensions_broadcast(target):
         m = map[tuple(slice(None) if keep else slice(1) for keep in keep_map)]
         p = xy[tuple(slice(None) if keep else slice(1) for keep in keep_xy)]
         lead = torch.broadcast_shapes(m.shape[:3], p.shape[:3])
-        want = bilinear_sample(m.expand(*lead, 4, 3, 5).flatten(0, 2), p.expand(*lead, 6, 2).flatten(0, 2), backend="eager")
+        want = bilinear_sample(
+            m.expand(*lead, 4, 3, 5).flatten(0, 2), p.expand(*lead, 6, 2).flatten(0, 2), backend="eager"
+        )
         got = bilinear_sample(m.to(target.device), p.to(target.device), backend=target.backend)
         assert got.shape == (*lead, 6, 5) and torch.allclose(got.cpu(), want.reshape(got.shape), rtol=0, atol=1e-13)
         if (*keep_map, *keep_xy) in ((0, 1, 1, 1, 0, 1), (1, 1, 0, 0, 1, 1)):
             leaves = m.to(target.device).requires_grad_(), p.to(target.device).requires_grad_()
             cotangent = sample(want.shape).reshape(got.shape).to(target.device)
-            ours, plain = (torch.autograd.grad(bilinear_sample(*leaves, backend=backend), leaves, cotangent)
-                           for backend in (target.backend, "eager"))
+            ours, plain = (
+                torch.autograd.grad(bilinear_sample(*leaves, backend=backend), leaves, cotangent)
+                for backend in (target.backend, "eager")
+            )
             assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(ours, plain))
 
 
 @pytest.mark.parametrize("layout", [strided, transposed], ids=["strided", "transposed"])
 def test_non_contiguous(layout, target):
-    map, xy = sample((2, 5, 6, 7), torch.float32).to(target.device), points((2, 9, 2), dtype=torch.float32).to(target.device)
+    map, xy = (
+        sample((2, 5, 6, 7), torch.float32).to(target.device),
+        points((2, 9, 2), dtype=torch.float32).to(target.device),
+    )
     want = bilinear_sample(map, xy, backend=target.backend)
     assert torch.equal(bilinear_sample(layout(map), layout(xy), backend=target.backend), want)
     leaves = layout(map).requires_grad_(), layout(xy).requires_grad_()
@@ -231,10 +268,21 @@ def test_a_shared_map_is_not_copied(monkeypatch):
     bilinear_sample(sample((6, 4, 5, 3))[::2], xy[0], backend="native")
 
 
-@pytest.mark.parametrize("map_shape, xy_shape", [((0, 3, 4, 2), (0, 5, 2)), ((2, 3, 4, 2), (2, 0, 2)), ((2, 3, 4, 0), (2, 5, 2)),
-                                                 ((2, 0, 4, 2), (2, 0, 2)), ((0, 3, 4, 2), (5, 2))])
+@pytest.mark.parametrize(
+    "map_shape, xy_shape",
+    [
+        ((0, 3, 4, 2), (0, 5, 2)),
+        ((2, 3, 4, 2), (2, 0, 2)),
+        ((2, 3, 4, 0), (2, 5, 2)),
+        ((2, 0, 4, 2), (2, 0, 2)),
+        ((0, 3, 4, 2), (5, 2)),
+    ],
+)
 def test_empty(map_shape, xy_shape, target):
-    map, xy = torch.zeros(map_shape, device=target.device).requires_grad_(), torch.zeros(xy_shape, device=target.device).requires_grad_()
+    map, xy = (
+        torch.zeros(map_shape, device=target.device).requires_grad_(),
+        torch.zeros(xy_shape, device=target.device).requires_grad_(),
+    )
     out = bilinear_sample(map, xy, backend=target.backend)
     assert out.shape == (*torch.broadcast_shapes(map_shape[:-3], xy_shape[:-2]), xy_shape[-2], map_shape[-1])
     d_map, d_xy = torch.autograd.grad(out.sum(), (map, xy))
@@ -245,10 +293,15 @@ def test_empty(map_shape, xy_shape, target):
 def test_registration(backend):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     suffix = "" if backend == "native" else "_triton"
-    op, bwd, bwd_bwd = (getattr(torch.ops.fourdperf, f"bilinear_sample{suffix}{order}") for order in ("", "_bwd", "_bwd_bwd"))
+    op, bwd, bwd_bwd = (
+        getattr(torch.ops.fourdperf, f"bilinear_sample{suffix}{order}") for order in ("", "_bwd", "_bwd_bwd")
+    )
     for dtype, mode in ((torch.float32, "bilinear"), (torch.bfloat16, "bilinear"), (torch.float32, "nearest_floor")):
         rule = (mode, "unit", True, "clamp")
-        map, xy = sample((2, 3, 4, 5)).to(device, dtype).requires_grad_(), points((2, 6, 2)).to(device, torch.float32).requires_grad_()
+        map, xy = (
+            sample((2, 3, 4, 5)).to(device, dtype).requires_grad_(),
+            points((2, 6, 2)).to(device, torch.float32).requires_grad_(),
+        )
         d_out = sample((2, 6, 5)).to(device, dtype).requires_grad_()
         torch.library.opcheck(op, (map, xy, *rule))
         torch.library.opcheck(bwd, (d_out, map, xy, *rule, True, True))
@@ -264,7 +317,9 @@ def test_transforms(backend):
     function = lambda map, xy: bilinear_sample(map, xy, backend=backend)
     want = function(map, xy)
     assert torch.equal(torch.vmap(function)(map, xy), want)
-    assert torch.equal(torch.vmap(function, in_dims=(3, 2), out_dims=1)(map.movedim(0, 3), xy.movedim(0, 2)), want.movedim(0, 1))
+    assert torch.equal(
+        torch.vmap(function, in_dims=(3, 2), out_dims=1)(map.movedim(0, 3), xy.movedim(0, 2)), want.movedim(0, 1)
+    )
     assert torch.equal(torch.vmap(function, in_dims=(0, None))(map, xy[0]), function(map, xy[:1]))
     assert torch.equal(torch.vmap(function, in_dims=(None, 0))(map[0], xy), function(map[:1], xy))
     assert torch.equal(torch.vmap(function, in_dims=(None, 0))(map[0, 0], xy), function(map[0, 0], xy))
@@ -277,7 +332,9 @@ def test_transforms(backend):
     for in_dims in ((0, 0), (0, None), (None, 0)):
         arguments = [x if dim == 0 else x[0] for x, dim in zip((map, xy), in_dims)]
         outer = torch.vmap(torch.func.grad(inner, argnums=(0, 1)), in_dims=in_dims)(*arguments)
-        plain = torch.vmap(torch.func.grad(lambda m, p: _inner_eager(m, p), argnums=(0, 1)), in_dims=in_dims)(*arguments)
+        plain = torch.vmap(torch.func.grad(lambda m, p: _inner_eager(m, p), argnums=(0, 1)), in_dims=in_dims)(
+            *arguments
+        )
         assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-3) for a, b in zip(outer, plain))
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(function(map, xy), want)
@@ -338,7 +395,7 @@ def test_jax_batches_and_dtypes():
         both = []
         for backend in ("jnp", "ffi"):
             loss = lambda m, p: (jax_sample(m, p, backend=backend) ** 2).sum()
-            second = jax.grad(lambda m, p: sum((g ** 2).sum() for g in jax.grad(loss, (0, 1))(m, p)), (0, 1))
+            second = jax.grad(lambda m, p: sum((g**2).sum() for g in jax.grad(loss, (0, 1))(m, p)), (0, 1))
             inner = jax.vmap(second, in_axes=(0, None))  # over the maps of m[:, i], one set
             arguments = m.swapaxes(0, 1) if in_dims[0] == 0 else m[:, 0], p if in_dims[1] == 0 else p[0]
             both.append(jax.vmap(inner, in_axes=in_dims)(*arguments))
@@ -347,7 +404,9 @@ def test_jax_batches_and_dtypes():
     for dtype in ("bfloat16", "float16"):
         half = map[0].to(getattr(torch, dtype))
         got = jax_sample(m[0].astype(dtype), p, backend="ffi")
-        assert got.dtype == dtype and np.array_equal(np.asarray(got.astype("float32")), bilinear_sample(half, xy).float().numpy())
+        assert got.dtype == dtype and np.array_equal(
+            np.asarray(got.astype("float32")), bilinear_sample(half, xy).float().numpy()
+        )
     assert jax_sample(m[0], p[:, :0]).shape == (2, 0, 6)
     with pytest.raises(ValueError, match="xy must have the dtype of map"):
         jax_sample(m[0], p.astype("bfloat16"))
@@ -358,14 +417,29 @@ def test_jax_batches_and_dtypes():
 def test_threads_change_nothing():
     """Crowded points, few rows, more threads than rows; large maps that are sorted into stretches of columns."""
     before, results = torch.get_num_threads(), []
-    cases = [((2, 3, 5, 8), points((2, 500, 2))), ((1, 40, 700, 80), points((1, 3000, 2)) ** 4), ((300, 90, 1, 3), points((300, 4, 2)))]
+    cases = [
+        ((2, 3, 5, 8), points((2, 500, 2))),
+        ((1, 40, 700, 80), points((1, 3000, 2)) ** 4),
+        ((300, 90, 1, 3), points((300, 4, 2))),
+    ]
     try:
         for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)
             run = lambda map, xy: bilinear_sample(map, xy, backend="native")
-            results.append([torch.cat([x.flatten() for x in (run(sample(m, torch.float32), p.float()),
-                                                             *second_order(run, sample(m, torch.float32), p.float()))])
-                            for m, p in cases])
+            results.append(
+                [
+                    torch.cat(
+                        [
+                            x.flatten()
+                            for x in (
+                                run(sample(m, torch.float32), p.float()),
+                                *second_order(run, sample(m, torch.float32), p.float()),
+                            )
+                        ]
+                    )
+                    for m, p in cases
+                ]
+            )
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -385,30 +459,53 @@ def test_deterministic_algorithms(backend):
         for wanted in (False, True):
             torch.use_deterministic_algorithms(wanted)
             try:
-                both.append((torch.autograd.grad(function(*leaves).square().sum(), map)[0],
-                             second_order(function, map, xy[:, 1:])[1]))
+                both.append(
+                    (
+                        torch.autograd.grad(function(*leaves).square().sum(), map)[0],
+                        second_order(function, map, xy[:, 1:])[1],
+                    )
+                )
             finally:
                 torch.use_deterministic_algorithms(False)
         for a, b in zip(*both):
             assert torch.allclose(a, b, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda m, p: bilinear_sample(m.int(), p), "map must be float64, float32, bfloat16 or float16, got torch.int32"),
-    (lambda m, p: bilinear_sample(m, p.long()), "xy must be float64, float32, bfloat16 or float16, got torch.int64"),
-    (lambda m, p: bilinear_sample(m, p.double()), r"xy must have the dtype of map \(torch.float32\), got torch.float64"),
-    (lambda m, p: bilinear_sample(m.half(), p.bfloat16()), r"xy must have the dtype of map \(torch.float16\) or float32"),
-    (lambda m, p: bilinear_sample(m[0, 0], p), r"map must have shape \(..., H, W, C\), got \(5, 3\)"),
-    (lambda m, p: bilinear_sample(m, p[..., :1]), r"xy must have shape \(..., N, 2\), got \(2, 6, 1\)"),
-    (lambda m, p: bilinear_sample(m, torch.zeros(3, 6, 2)), r"leading dimensions of map \(2,\) and of xy \(3,\) must broadcast"),
-    (lambda m, p: bilinear_sample(m[:, :0], p), "map must have pixels where xy has points"),
-    (lambda m, p: bilinear_sample(m, p, mode="nearest"), "mode must be one of 'bilinear', 'nearest_floor'"),
-    (lambda m, p: bilinear_sample(m, p, coordinates="pixels"), "coordinates must be one of 'unit', 'signed'"),
-    (lambda m, p: bilinear_sample(m, p, border="border"), "border must be one of 'clamp', 'zeros', 'reflect'"),
-    (lambda m, p: bilinear_sample(m, p.to("meta")), "xy must be on the device of map"),
-    (lambda m, p: bilinear_sample(m, p, backend="cuda"), "backend must be one of"),
-    (lambda m, p: bilinear_sample(m.numpy(), p), "map must be a torch.Tensor, got ndarray"),
-], ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (
+            lambda m, p: bilinear_sample(m.int(), p),
+            "map must be float64, float32, bfloat16 or float16, got torch.int32",
+        ),
+        (
+            lambda m, p: bilinear_sample(m, p.long()),
+            "xy must be float64, float32, bfloat16 or float16, got torch.int64",
+        ),
+        (
+            lambda m, p: bilinear_sample(m, p.double()),
+            r"xy must have the dtype of map \(torch.float32\), got torch.float64",
+        ),
+        (
+            lambda m, p: bilinear_sample(m.half(), p.bfloat16()),
+            r"xy must have the dtype of map \(torch.float16\) or float32",
+        ),
+        (lambda m, p: bilinear_sample(m[0, 0], p), r"map must have shape \(..., H, W, C\), got \(5, 3\)"),
+        (lambda m, p: bilinear_sample(m, p[..., :1]), r"xy must have shape \(..., N, 2\), got \(2, 6, 1\)"),
+        (
+            lambda m, p: bilinear_sample(m, torch.zeros(3, 6, 2)),
+            r"leading dimensions of map \(2,\) and of xy \(3,\) must broadcast",
+        ),
+        (lambda m, p: bilinear_sample(m[:, :0], p), "map must have pixels where xy has points"),
+        (lambda m, p: bilinear_sample(m, p, mode="nearest"), "mode must be one of 'bilinear', 'nearest_floor'"),
+        (lambda m, p: bilinear_sample(m, p, coordinates="pixels"), "coordinates must be one of 'unit', 'signed'"),
+        (lambda m, p: bilinear_sample(m, p, border="border"), "border must be one of 'clamp', 'zeros', 'reflect'"),
+        (lambda m, p: bilinear_sample(m, p.to("meta")), "xy must be on the device of map"),
+        (lambda m, p: bilinear_sample(m, p, backend="cuda"), "backend must be one of"),
+        (lambda m, p: bilinear_sample(m.numpy(), p), "map must be a torch.Tensor, got ndarray"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call(torch.zeros(2, 4, 5, 3), torch.zeros(2, 6, 2))
@@ -428,7 +525,7 @@ def test_fuzz(data):
     layout = data.draw(st.sampled_from([torch.clone, strided, transposed]))
     xy = points(xy_shape, beyond=data.draw(st.sampled_from([0.0, 0.5, 100.0]))).to(dtype)
     odd = data.draw(st.lists(st.sampled_from([NAN, INF, -INF, 0.0, 1.0, -1.0, 1e30, -1e30]), max_size=4))
-    xy.flatten()[:len(odd)] = torch.tensor(odd, dtype=torch.float64).to(dtype)[:xy.numel()]
+    xy.flatten()[: len(odd)] = torch.tensor(odd, dtype=torch.float64).to(dtype)[: xy.numel()]
     map, xy = layout(sample(map_shape).to(dtype)), layout(xy)
     results = []
     for backend in ("native", "eager"):

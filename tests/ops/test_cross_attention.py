@@ -33,8 +33,12 @@ def sample(shape, dtype=torch.float64, seed=0):
 
 def inputs(batch, queries, keys, heads, size, value_size=None, padding=0.0, seed=0, dtype=torch.float64):
     """q, k, v and a mask, or None; the last row of the batch is padding only."""
-    values = {"q": sample((batch, queries, heads, size), dtype, seed), "k": sample((batch, keys, heads, size), dtype, seed + 1),
-              "v": sample((batch, keys, heads, value_size or size), dtype, seed + 2), "key_padding_mask": None}
+    values = {
+        "q": sample((batch, queries, heads, size), dtype, seed),
+        "k": sample((batch, keys, heads, size), dtype, seed + 1),
+        "v": sample((batch, keys, heads, value_size or size), dtype, seed + 2),
+        "key_padding_mask": None,
+    }
     if padding:
         mask = torch.rand(batch, keys, generator=torch.Generator().manual_seed(seed + 3)) < padding
         mask[-1] = True
@@ -89,13 +93,19 @@ def test_goldens(name, backend):
     """The attention inside the genuine layer: its projections in torch, its residual and feed-forward around the op."""
     with np.load(GOLDENS / f"{name}.npz") as golden:
         config = json.loads(str(golden["config"]))
-        p = {key[7:]: torch.from_numpy(golden[key]).requires_grad_() for key in golden.files if key.startswith("params/")}
-        queries, features = (torch.from_numpy(golden[f"in/{key}"]).requires_grad_() for key in ("queries", "encoder_features"))
+        p = {
+            key[7:]: torch.from_numpy(golden[key]).requires_grad_() for key in golden.files if key.startswith("params/")
+        }
+        queries, features = (
+            torch.from_numpy(golden[f"in/{key}"]).requires_grad_() for key in ("queries", "encoder_features")
+        )
         mask = torch.from_numpy(golden["in/encoder_mask"]).bool() if "in/encoder_mask" in golden.files else None
         width, heads = config["d_model"], config["nhead"]
         weights, biases = p["cross_attn.in_proj_weight"].split(width), p["cross_attn.in_proj_bias"].split(width)
         x = F.layer_norm(queries, (width,), p["norm1.weight"], p["norm1.bias"])
-        q, k, v = (F.linear(y, w, b).unflatten(-1, (heads, -1)) for y, w, b in zip((x, features, features), weights, biases))
+        q, k, v = (
+            F.linear(y, w, b).unflatten(-1, (heads, -1)) for y, w, b in zip((x, features, features), weights, biases)
+        )
         heads = cross_attention(q, k, v, key_padding_mask=mask, backend=backend).flatten(-2)
         y = queries + F.linear(heads, p["cross_attn.out_proj.weight"], p["cross_attn.out_proj.bias"])
         x = F.layer_norm(y, (width,), p["norm2.weight"], p["norm2.bias"])
@@ -137,7 +147,9 @@ def test_jax_ffi_dtypes_and_vmap(dtype):
     want = cross_attention(*values, backend="native").float().numpy()
     arrays = [jnp.asarray(y.float().numpy()).astype(dtype) for y in values]
     got = jax_cross_attention(*arrays, backend="ffi")
-    assert got.dtype == arrays[0].dtype and np.array_equal(np.asarray(got.astype("float32")), want)  # the same machine code
+    assert got.dtype == arrays[0].dtype and np.array_equal(
+        np.asarray(got.astype("float32")), want
+    )  # the same machine code
     mapped = jax.vmap(lambda q, k, v: jax_cross_attention(q[None], k[None], v[None], backend="ffi")[0])(*arrays)
     assert np.array_equal(np.asarray(mapped.astype("float32")), want)
 
@@ -154,7 +166,9 @@ def test_non_contiguous(layout, target):
     leaves = [y.requires_grad_() for y in x.values()]
     cotangent = torch.ones(1, 1, 1, 1, device=target.device).expand(want.shape)  # stride 0
     grads = torch.autograd.grad(got, list(views.values()), cotangent)
-    wanted = torch.autograd.grad(cross_attention(*leaves, key_padding_mask=mask, backend=target.backend), leaves, cotangent)
+    wanted = torch.autograd.grad(
+        cross_attention(*leaves, key_padding_mask=mask, backend=target.backend), leaves, cotangent
+    )
     assert all(torch.equal(a, b) for a, b in zip(grads, wanted))
 
 
@@ -167,7 +181,9 @@ def test_one_memory_for_many_without_a_copy(target):
     assert torch.equal(got.reshape(1, 9, 2, 8), cross_attention(q.reshape(1, 9, 2, 8), k, v, backend=target.backend))
 
 
-@pytest.mark.parametrize("shape", [(0, 3, 4, 2, 8), (2, 0, 4, 2, 8), (2, 3, 0, 2, 8), (2, 3, 4, 0, 8), (2, 3, 4, 2, 0)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(0, 3, 4, 2, 8), (2, 0, 4, 2, 8), (2, 3, 0, 2, 8), (2, 3, 4, 0, 8), (2, 3, 4, 2, 0)], ids=str
+)
 def test_empty(shape, target):
     x = [y.to(target.device).requires_grad_() for y in list(inputs(*shape, dtype=torch.float32).values())[:3]]
     out = cross_attention(*x, backend=target.backend)
@@ -265,7 +281,9 @@ def test_transforms(backend):
         half = cross_attention(q, k, v.bfloat16(), backend=backend)
     assert half.dtype == torch.bfloat16 and torch.allclose(half.float(), want, atol=3e-2)
     leaf = q.clone().requires_grad_()
-    compiled = torch.compile(lambda q, k, v: cross_attention(q * 2, k, v, backend=backend) + 1, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda q, k, v: cross_attention(q * 2, k, v, backend=backend) + 1, fullgraph=True, backend="aot_eager"
+    )
     assert torch.allclose(compiled(leaf, k, v), cross_attention(q * 2, k, v, backend=backend) + 1, atol=1e-6)
     compiled(leaf, k, v).square().sum().backward()
     assert leaf.grad.abs().sum() > 0
@@ -277,17 +295,34 @@ def test_transforms(backend):
 
 
 BAD = [
-    (lambda q, k, v: cross_attention(q.int(), k, v), "q must be float64, float32, bfloat16 or float16, got torch.int32"),
+    (
+        lambda q, k, v: cross_attention(q.int(), k, v),
+        "q must be float64, float32, bfloat16 or float16, got torch.int32",
+    ),
     (lambda q, k, v: cross_attention(q, k.numpy(), v), "k must be a torch.Tensor, got ndarray"),
-    (lambda q, k, v: cross_attention(q[0], k, v), r"q must be \(batch, tokens, heads, channels\), got shape \(3, 2, 8\)"),
-    (lambda q, k, v: cross_attention(q, k.double(), v), r"k must have the dtype of q \(torch.float32\), got torch.float64"),
+    (
+        lambda q, k, v: cross_attention(q[0], k, v),
+        r"q must be \(batch, tokens, heads, channels\), got shape \(3, 2, 8\)",
+    ),
+    (
+        lambda q, k, v: cross_attention(q, k.double(), v),
+        r"k must have the dtype of q \(torch.float32\), got torch.float64",
+    ),
     (lambda q, k, v: cross_attention(q, k[..., :4], v), r"k must be \(B, K, H, D\) with the B, H, D of q"),
     (lambda q, k, v: cross_attention(q, k, v[:, 1:]), r"v must be \(B, K, H, E\) with the B, K, H of k"),
-    (lambda q, k, v: cross_attention(q, k, v, key_padding_mask=torch.zeros(2, 5)), "key_padding_mask must be a bool tensor, got"),
-    (lambda q, k, v: cross_attention(q, k, v, key_padding_mask=torch.zeros(2, 3).bool()), r"key_padding_mask must be \(B, K\)"),
+    (
+        lambda q, k, v: cross_attention(q, k, v, key_padding_mask=torch.zeros(2, 5)),
+        "key_padding_mask must be a bool tensor, got",
+    ),
+    (
+        lambda q, k, v: cross_attention(q, k, v, key_padding_mask=torch.zeros(2, 3).bool()),
+        r"key_padding_mask must be \(B, K\)",
+    ),
     (lambda q, k, v: cross_attention(q, k, v, backend="cuda"), "backend must be one of"),
-    (lambda q, k, v: cross_attention(q.to("meta"), k.to("meta"), v.to("meta"), backend="native"),
-     "the native kernels run on cpu and cuda, not on meta"),
+    (
+        lambda q, k, v: cross_attention(q.to("meta"), k.to("meta"), v.to("meta"), backend="native"),
+        "the native kernels run on cpu and cuda, not on meta",
+    ),
 ]
 
 
@@ -320,7 +355,9 @@ def test_fuzz(data):
     results = []
     for backend in ("native", "eager"):
         out = cross_attention(*leaves, key_padding_mask=mask, scale=scale, backend=backend)
-        results.append((out, *torch.autograd.grad(out.sum() if out.numel() else out.sum() * 0, leaves, allow_unused=True)))
+        results.append(
+            (out, *torch.autograd.grad(out.sum() if out.numel() else out.sum() * 0, leaves, allow_unused=True))
+        )
     tolerance = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2**-5, torch.float16: 2**-8}[dtype]
     for ours, plain in zip(*results):
         if plain is not None and plain.numel():

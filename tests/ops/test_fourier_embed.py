@@ -41,8 +41,9 @@ def test_agrees_with_eager(case, dtype, target):
     check_op(fourier_embed, {"x": sample(shape), "frequencies": sample((bands,), seed=1) * 3}, target, dtype)
 
 
-@pytest.mark.parametrize("shape, bands, features", [((2, 37, 2), 10, 48), ((9, 3), 1, 5), ((1, 1), 9, 67), ((150, 2), 3, 1)],
-                         ids=str)
+@pytest.mark.parametrize(
+    "shape, bands, features", [((2, 37, 2), 10, 48), ((9, 3), 1, 5), ((1, 1), 9, 67), ((150, 2), 3, 1)], ids=str
+)
 @dtypes
 def test_linear_agrees_with_eager(shape, bands, features, dtype, target):
     inputs = {"x": sample(shape), "frequencies": sample((bands,), seed=3), **layer(shape[-1], bands, features)}
@@ -88,7 +89,9 @@ def test_infinity_and_nan(target):
     out = fourier_embed(x, torch.tensor([1.0, 0.0, 2.0], device=target.device), backend=target.backend)
     out = out.reshape(3, 2, 2, 3)
     assert out[:, :, 0].isnan().all() and out[:, :, 1].isfinite().all()
-    zero = fourier_embed(torch.zeros(1, 1, device=target.device), torch.ones(1, device=target.device), backend=target.backend)
+    zero = fourier_embed(
+        torch.zeros(1, 1, device=target.device), torch.ones(1, device=target.device), backend=target.backend
+    )
     assert zero.tolist() == [[0.0, 1.0]]
 
 
@@ -108,7 +111,10 @@ def test_goldens(backend):
             columns = fourier_columns(2, len(f), axes)
             features = fourier_embed(x, f, backend=backend)
             assert (features - array("out/features")[..., columns]).abs().max() <= atol["out/features"]
-            weight, bias = array("params/proj.weight")[:, columns].requires_grad_(), array("params/proj.bias").requires_grad_()
+            weight, bias = (
+                array("params/proj.weight")[:, columns].requires_grad_(),
+                array("params/proj.bias").requires_grad_(),
+            )
             out = fourier_linear(x, f, weight, bias, backend=backend)
             assert (out - array("out/embedded")).abs().max() <= atol["out/embedded"]
             grads = torch.autograd.grad(out, [x, weight, bias], array("in/cot/embedded"))
@@ -123,19 +129,24 @@ def test_foreign_orders():
     """fourier_columns reads each codebase's formula, written here as its authors wrote it."""
     x, f = sample((5, 3)), octaves(4, scale=math.pi, dtype=torch.float64)
     ours = fourier_embed(x, f, backend="eager")
-    kathirgounder = torch.cat([t(x[:, d:d + 1] * f) for d in range(3) for t in (torch.sin, torch.cos)], -1)
+    kathirgounder = torch.cat([t(x[:, d : d + 1] * f) for d in range(3) for t in (torch.sin, torch.cos)], -1)
     moog_angles = (x[:, None, :] * f[:, None]).flatten(1)
     moog = torch.cat([moog_angles.sin(), (moog_angles + math.pi / 2).sin()], -1)
     interleaved = torch.stack([(x[..., None] * f).sin(), (x[..., None] * f).cos()], -1).flatten(1)
-    for theirs, axes in ((kathirgounder, ("dim", "trig", "band")), (moog, ("trig", "band", "dim")),
-                         (interleaved, ("dim", "band", "trig"))):
+    for theirs, axes in (
+        (kathirgounder, ("dim", "trig", "band")),
+        (moog, ("trig", "band", "dim")),
+        (interleaved, ("dim", "band", "trig")),
+    ):
         columns = fourier_columns(3, 4, axes)
         assert torch.allclose(theirs[:, columns], ours, atol=1e-12)
         weight = sample((7, 24), seed=2)
         assert torch.allclose(theirs @ weight.T, fourier_linear(x, f, weight[:, columns]), atol=1e-12)
     matrix = sample((6, 3), seed=4)
     random = fourier_embed(x @ matrix.T, octaves(1, dtype=torch.float64))
-    assert torch.allclose(random, torch.cat([(2 * math.pi * x @ matrix.T).sin(), (2 * math.pi * x @ matrix.T).cos()], -1), atol=1e-12)
+    assert torch.allclose(
+        random, torch.cat([(2 * math.pi * x @ matrix.T).sin(), (2 * math.pi * x @ matrix.T).cos()], -1), atol=1e-12
+    )
 
 
 def test_frequencies():
@@ -154,7 +165,9 @@ def test_non_contiguous(layout, target):
     run = lambda x, f, w, b: fourier_linear(x, f, w, b, backend=target.backend)
     assert torch.equal(run(layout(x), strided(f), layout(weight), strided(bias)), run(x, f, weight, bias))
     one = x[:1].expand(6, -1, -1)  # stride 0
-    assert torch.equal(fourier_embed(one, f, backend=target.backend), fourier_embed(one.contiguous(), f, backend=target.backend))
+    assert torch.equal(
+        fourier_embed(one, f, backend=target.backend), fourier_embed(one.contiguous(), f, backend=target.backend)
+    )
 
 
 @pytest.mark.parametrize("shape, bands", [((0, 2), 3), ((4, 0), 3), ((4, 2), 0), ((0, 0), 0)], ids=str)
@@ -201,13 +214,19 @@ def test_second_derivatives_agree_with_eager(target):
     """A field's gradient trained against: d/dparameters of |d out/d x|^2."""
     results = []
     for backend, dtype in ((target.backend, torch.float32), ("eager", torch.float32), ("eager", torch.float64)):
-        x, f = sample((40, 2)).to(target.device, dtype).requires_grad_(), octaves(3).to(target.device, dtype).requires_grad_()
+        x, f = (
+            sample((40, 2)).to(target.device, dtype).requires_grad_(),
+            octaves(3).to(target.device, dtype).requires_grad_(),
+        )
         weight, bias = (t.to(target.device, dtype).requires_grad_() for t in layer(2, 3, 16).values())
         out = fourier_linear(x, f, weight, bias, backend=backend).tanh()
         (d_x,) = torch.autograd.grad(out.sum(), x, create_graph=True)
         results.append(torch.autograd.grad(d_x.square().sum(), (x, f, weight, bias)))
     for ours, plain, exact in zip(*results):
-        error, allowed = (ours.double() - exact).abs().max(), 3 * (plain.double() - exact).abs().max() + 2**-23 * exact.abs().max()
+        error, allowed = (
+            (ours.double() - exact).abs().max(),
+            3 * (plain.double() - exact).abs().max() + 2**-23 * exact.abs().max(),
+        )
         assert error <= allowed
 
 
@@ -223,9 +242,13 @@ def test_transforms(backend):
     assert torch.equal(torch.vmap(embed, (2, None), 1)(x.permute(1, 2, 0), f), want.transpose(0, 1))
     many = torch.stack([f, 2 * f, 3 * f, 4 * f])
     assert torch.allclose(torch.vmap(embed)(x, many), torch.stack([embed(a, b) for a, b in zip(x, many)]), atol=1e-5)
-    assert torch.allclose(torch.vmap(linear, (0, None, None, None))(x, f, weight, bias), linear(x, f, weight, bias), atol=1e-6)
+    assert torch.allclose(
+        torch.vmap(linear, (0, None, None, None))(x, f, weight, bias), linear(x, f, weight, bias), atol=1e-6
+    )
     weights = torch.stack([weight, 2 * weight, -weight, weight])
-    assert torch.allclose(torch.vmap(linear, (0, None, 0, None))(x, f, weights, bias)[2], linear(x[2], f, -weight, bias), atol=1e-5)
+    assert torch.allclose(
+        torch.vmap(linear, (0, None, 0, None))(x, f, weights, bias)[2], linear(x[2], f, -weight, bias), atol=1e-5
+    )
     loss = lambda f, x: embed(x, f).square().sum(0).prod()
     each = torch.vmap(torch.func.grad(loss), (None, 0))(f, x)
     assert torch.allclose(each[1], torch.func.grad(loss)(f, x[1]), rtol=1e-3, atol=1e-4)
@@ -236,7 +259,9 @@ def test_transforms(backend):
     compiled = torch.compile(lambda x: linear(x * 2, f, weight, bias) + 1, fullgraph=True, backend="aot_eager")
     plain = linear(x * 2, f, weight, bias) + 1
     assert torch.allclose(compiled(x), plain, atol=1e-5)
-    assert torch.allclose(torch.autograd.grad(compiled(x).sum(), x)[0], torch.autograd.grad(plain.sum(), x)[0], atol=1e-3)
+    assert torch.allclose(
+        torch.autograd.grad(compiled(x).sum(), x)[0], torch.autograd.grad(plain.sum(), x)[0], atol=1e-3
+    )
     x = x.detach()
     tangent = torch.func.jvp(lambda x: fourier_embed(x, f), (x,), (x,))[1]
     assert tangent.shape == want.shape
@@ -254,10 +279,16 @@ def test_jax(backend):
     from fourdperf.jax.ops import fourier_linear as jax_linear
     from fourdperf.jax.ops import linear_range as jax_range
 
-    x, f, (weight, bias) = sample((3, 7, 2), torch.float32), linear_range(0.5, 4, 5), (t.float() for t in layer(2, 5, 21).values())
+    x, f, (weight, bias) = (
+        sample((3, 7, 2), torch.float32),
+        linear_range(0.5, 4, 5),
+        (t.float() for t in layer(2, 5, 21).values()),
+    )
     args = [jnp.asarray(t.numpy()) for t in (x, f, weight, bias)]
     assert np.array_equal(jax_range(0.5, 4, 5), f.numpy())
-    assert np.array_equal(jax_columns(2, 5, ("dim", "band", "trig")), fourier_columns(2, 5, ("dim", "band", "trig")).numpy())
+    assert np.array_equal(
+        jax_columns(2, 5, ("dim", "band", "trig")), fourier_columns(2, 5, ("dim", "band", "trig")).numpy()
+    )
     inputs = [t.double().requires_grad_() for t in (x, f, weight, bias)]
     out = fourier_linear(*inputs, backend="eager")
     cotangent = sample(out.shape, torch.float32, seed=9)
@@ -277,9 +308,13 @@ def test_jax(backend):
     assert embed(args[0][:0], args[1]).shape == (0, 7, 20)
     for dtype in ("bfloat16", "float16"):
         half = jax_linear(args[0], args[1], args[2].astype(dtype), args[3].astype(dtype), backend=backend)
-        assert half.dtype == dtype and np.allclose(np.asarray(half.astype("float32")), np.asarray(got), rtol=0.05, atol=0.1)
+        assert half.dtype == dtype and np.allclose(
+            np.asarray(half.astype("float32")), np.asarray(got), rtol=0.05, atol=0.1
+        )
     if backend == "ffi":
-        assert np.array_equal(np.asarray(embed(*args[:2])), fourier_embed(x, f, backend="native").numpy())  # the same machine code
+        assert np.array_equal(
+            np.asarray(embed(*args[:2])), fourier_embed(x, f, backend="native").numpy()
+        )  # the same machine code
     with pytest.raises(ValueError, match="frequencies must have shape"):
         embed(args[0], args[1][None])
 
@@ -316,20 +351,30 @@ def test_large_outputs_take_the_streaming_path(target):
         assert torch.equal(whole, parts)
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda x, f, w, b: fourier_embed(x.int(), f), "x must be float64, float32, bfloat16 or float16, got torch.int32"),
-    (lambda x, f, w, b: fourier_embed(x[0, 0], f), r"x must have shape \(..., D\)"),
-    (lambda x, f, w, b: fourier_embed(x, f[None]), r"frequencies must have shape \(F,\), got \(1, 3\)"),
-    (lambda x, f, w, b: fourier_embed(x, f.to("meta")), "frequencies must be on the device of x"),
-    (lambda x, f, w, b: fourier_embed(x, 3), "frequencies must be a torch.Tensor, got int"),
-    (lambda x, f, w, b: fourier_embed(x, f, backend="cuda"), "backend must be one of"),
-    (lambda x, f, w, b: fourier_embed(x.to("meta"), f.to("meta"), backend="native"), "not on meta"),
-    (lambda x, f, w, b: fourier_linear(x, f, w[:, 1:], b), r"weight must have shape \(M, 2 D F\) with 2 D F = 12, got \(5, 11\)"),
-    (lambda x, f, w, b: fourier_linear(x.double(), f, w, b), "x must have the dtype of weight"),
-    (lambda x, f, w, b: fourier_linear(x, f, w, b[1:]), r"bias must have shape \(5,\)"),
-    (lambda x, f, w, b: fourier_linear(x, f, w, b.half()), r"bias must have shape \(5,\) and the dtype"),
-    (lambda x, f, w, b: fourier_columns(2, 3, ("dim", "band")), "axes must be an order of"),
-], ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (
+            lambda x, f, w, b: fourier_embed(x.int(), f),
+            "x must be float64, float32, bfloat16 or float16, got torch.int32",
+        ),
+        (lambda x, f, w, b: fourier_embed(x[0, 0], f), r"x must have shape \(..., D\)"),
+        (lambda x, f, w, b: fourier_embed(x, f[None]), r"frequencies must have shape \(F,\), got \(1, 3\)"),
+        (lambda x, f, w, b: fourier_embed(x, f.to("meta")), "frequencies must be on the device of x"),
+        (lambda x, f, w, b: fourier_embed(x, 3), "frequencies must be a torch.Tensor, got int"),
+        (lambda x, f, w, b: fourier_embed(x, f, backend="cuda"), "backend must be one of"),
+        (lambda x, f, w, b: fourier_embed(x.to("meta"), f.to("meta"), backend="native"), "not on meta"),
+        (
+            lambda x, f, w, b: fourier_linear(x, f, w[:, 1:], b),
+            r"weight must have shape \(M, 2 D F\) with 2 D F = 12, got \(5, 11\)",
+        ),
+        (lambda x, f, w, b: fourier_linear(x.double(), f, w, b), "x must have the dtype of weight"),
+        (lambda x, f, w, b: fourier_linear(x, f, w, b[1:]), r"bias must have shape \(5,\)"),
+        (lambda x, f, w, b: fourier_linear(x, f, w, b.half()), r"bias must have shape \(5,\) and the dtype"),
+        (lambda x, f, w, b: fourier_columns(2, 3, ("dim", "band")), "axes must be an order of"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call(torch.zeros(4, 2), torch.zeros(3), torch.zeros(5, 12), torch.zeros(5))

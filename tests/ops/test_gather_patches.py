@@ -66,7 +66,9 @@ def test_coordinates_and_uint8(mode, coordinates, target):
     scale = 12 if coordinates == "pixels" else 1
     video = (data["video"].clamp(-2, 2) * 60 + 128).to(torch.uint8).to(target.device)
     t, points = data["t"].to(target.device), (data["points"] * scale).float().to(target.device)
-    run = lambda backend: gather_patches(video, t, points, 5, mode=mode, coordinates=coordinates, border="replicate", backend=backend)
+    run = lambda backend: gather_patches(
+        video, t, points, 5, mode=mode, coordinates=coordinates, border="replicate", backend=backend
+    )
     ours, plain = run(target.backend), run("eager")
     assert ours.dtype == plain.dtype == (torch.float32 if mode == "bilinear" else torch.uint8)
     assert torch.allclose(ours.float(), plain.float(), rtol=0, atol=2e-4 if mode == "bilinear" else 0)
@@ -95,7 +97,11 @@ def test_goldens(backend):
     with np.load(GOLDENS / "b_patches.npz") as golden:
         array = lambda key: torch.from_numpy(golden[key])
         atol = json.loads(str(golden["config"]))["atol"]
-        video, t, points = array("in/frames").permute(0, 1, 3, 4, 2).requires_grad_(), array("in/t_src"), array("in/coords")
+        video, t, points = (
+            array("in/frames").permute(0, 1, 3, 4, 2).requires_grad_(),
+            array("in/t_src"),
+            array("in/coords"),
+        )
         options = {"coordinates": "corners", "border": "replicate", "backend": backend}
         fast = gather_patches(video, t, points, 9, mode="bilinear", **options).flatten(2)
         assert (fast - array("out/fast_patches_flat")).abs().max() <= atol["out/fast_patches_flat"]
@@ -119,17 +125,24 @@ def test_grid_sample_is_the_same_interpolation():
         grid = p[0, :, None, None] + offsets
         grid = grid / (length - 1) * 2 - 1 if corners else (grid + 0.5) / length * 2 - 1
         frame = video[:, 0].permute(0, 3, 1, 2).expand(11, -1, -1, -1)
-        want = F.grid_sample(frame, grid, mode="bilinear", padding_mode="border", align_corners=corners).permute(0, 2, 3, 1)
+        want = F.grid_sample(frame, grid, mode="bilinear", padding_mode="border", align_corners=corners).permute(
+            0, 2, 3, 1
+        )
         assert torch.allclose(ours[0], want, atol=1e-12)
 
 
 @modes
-@pytest.mark.parametrize("layout", [strided, transposed, lambda x: x.permute(0, 1, 4, 2, 3).contiguous().permute(0, 1, 3, 4, 2)],
-                         ids=["strided", "transposed", "planar"])
+@pytest.mark.parametrize(
+    "layout",
+    [strided, transposed, lambda x: x.permute(0, 1, 4, 2, 3).contiguous().permute(0, 1, 3, 4, 2)],
+    ids=["strided", "transposed", "planar"],
+)
 def test_non_contiguous(layout, mode, target):
     data = {k: x.to(target.device) for k, x in inputs((2, 3, 11, 12, 3), 9).items()}
     data["video"] = data["video"].float()
-    run = lambda video, t, points: gather_patches(video, t, points, 3, mode=mode, border="replicate", backend=target.backend)
+    run = lambda video, t, points: gather_patches(
+        video, t, points, 3, mode=mode, border="replicate", backend=target.backend
+    )
     want = run(**data)
     assert torch.equal(run(layout(data["video"]), strided(data["t"].double()).long(), strided(data["points"])), want)
     still = data["video"][:, :1].expand(-1, 3, -1, -1, -1)  # stride 0: one picture shown three times
@@ -144,7 +157,9 @@ def test_points_anywhere(mode, target):
     points = torch.tensor([[u, v] for u in bad for v in bad], device=target.device)[None]
     t = torch.full((1, len(bad) ** 2), 2**40, device=target.device)
     for border in BORDERS:
-        results = [gather_patches(video, t, points, 3, mode=mode, border=border, backend=b) for b in (target.backend, "eager")]
+        results = [
+            gather_patches(video, t, points, 3, mode=mode, border=border, backend=b) for b in (target.backend, "eager")
+        ]
         assert torch.allclose(*results, atol=1e-5, equal_nan=True)
         assert mode == "bilinear" or results[0].isfinite().all()
 
@@ -152,14 +167,18 @@ def test_points_anywhere(mode, target):
 def test_nan_in_the_gradient_stays_in_its_pixel(target):
     video = torch.zeros(1, 1, 9, 9, 1, device=target.device, requires_grad=True)
     points = torch.full((1, 1, 2), 0.5, device=target.device)
-    patch = gather_patches(video, torch.zeros(1, 1, dtype=torch.long, device=target.device), points, 3, backend=target.backend)
+    patch = gather_patches(
+        video, torch.zeros(1, 1, dtype=torch.long, device=target.device), points, 3, backend=target.backend
+    )
     d_out = torch.ones_like(patch)
     d_out[0, 0, 1, 1] = float("nan")
     (d_video,) = torch.autograd.grad(patch, video, d_out)
     assert d_video.isnan().sum() == 1 and d_video.nansum() == 8
 
 
-@pytest.mark.parametrize("shape, n", [((0, 2, 9, 9, 3), 4), ((1, 2, 9, 9, 3), 0), ((1, 2, 9, 9, 0), 4), ((1, 0, 0, 0, 3), 0)], ids=str)
+@pytest.mark.parametrize(
+    "shape, n", [((0, 2, 9, 9, 3), 4), ((1, 2, 9, 9, 3), 0), ((1, 2, 9, 9, 0), 4), ((1, 0, 0, 0, 3), 0)], ids=str
+)
 @modes
 def test_empty(shape, n, mode, target):
     video = torch.zeros(shape, device=target.device, requires_grad=True)
@@ -193,7 +212,9 @@ def test_derivatives_and_registration(backend, border):
     byte = (video.detach() * 50 + 100).to(torch.uint8)
     torch.library.opcheck(forward, (byte, t, points, 3, "bilinear", "scaled", border))
     for wanted in ((True, True), (True, False), (False, True)):
-        torch.library.opcheck(backward, (d_out, video.detach(), t, points.detach(), 3, "bilinear", "scaled", border, *wanted))
+        torch.library.opcheck(
+            backward, (d_out, video.detach(), t, points.detach(), 3, "bilinear", "scaled", border, *wanted)
+        )
 
 
 @pytest.mark.parametrize("backend", ["native", "triton", "eager"])
@@ -232,7 +253,9 @@ def test_jax(backend, mode, border):
     data = inputs((2, 3, 9, 10, 3), 6)
     video, t, points = data["video"].float(), data["t"], data["points"].float()
     arrays = [jnp.asarray(x.numpy()) for x in (video, points)]
-    run = lambda video, points, backend=backend: jax_gather(video, jnp.asarray(t.numpy()), points, 5, mode=mode, border=border, backend=backend)
+    run = lambda video, points, backend=backend: jax_gather(
+        video, jnp.asarray(t.numpy()), points, 5, mode=mode, border=border, backend=backend
+    )
     video, points = video.requires_grad_(), points.requires_grad_()
     want = gather_patches(video, t, points, 5, mode=mode, border=border, backend="eager")
     cotangent = sample(want.shape, torch.float32, seed=5)
@@ -242,13 +265,20 @@ def test_jax(backend, mode, border):
     for ours, theirs in zip(pullback(jnp.asarray(cotangent.numpy())), grads):
         assert np.allclose(ours, 0 if theirs is None else theirs.numpy(), atol=1e-4)
     byte = (video.detach() * 50 + 100).to(torch.uint8)
-    ours, plain = run(jnp.asarray(byte.numpy()), arrays[1]), gather_patches(byte, t, points, 5, mode=mode, border=border, backend="eager")
-    assert str(ours.dtype) == str(plain.dtype).removeprefix("torch.") and np.allclose(ours, plain.detach().numpy(), atol=1e-3)
+    ours, plain = (
+        run(jnp.asarray(byte.numpy()), arrays[1]),
+        gather_patches(byte, t, points, 5, mode=mode, border=border, backend="eager"),
+    )
+    assert str(ours.dtype) == str(plain.dtype).removeprefix("torch.") and np.allclose(
+        ours, plain.detach().numpy(), atol=1e-3
+    )
     mapped = jax.vmap(run, (0, None))(jnp.stack([arrays[0], 2 * arrays[0]]), arrays[1])
     assert np.allclose(mapped[1], 2 * got, atol=1e-5)
     if mode == "bilinear":
         energy = lambda backend: lambda *args: (run(*args, backend=backend) ** 3).sum()
-        second = lambda backend: jax.grad(lambda *args: sum((g**2).sum() for g in jax.grad(energy(backend), (0, 1))(*args)), (0, 1))(*arrays)
+        second = lambda backend: jax.grad(
+            lambda *args: sum((g**2).sum() for g in jax.grad(energy(backend), (0, 1))(*args)), (0, 1)
+        )(*arrays)
         for ours, theirs in zip(second(backend), second("jnp")):
             assert np.allclose(ours, theirs, rtol=1e-3, atol=1e-3 * np.abs(theirs).max())
         d_points = jax.grad(lambda points: run(jnp.asarray(byte.numpy()), points).sum())(arrays[1])
@@ -272,22 +302,32 @@ def test_threads_change_nothing():
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda v, t, p: gather_patches(v[0], t, p), r"video must have shape \(B, T, H, W, C\), got \(3, 12, 13, 2\)"),
-    (lambda v, t, p: gather_patches(v.int(), t, p), "video must be uint8 or floating, got torch.int32"),
-    (lambda v, t, p: gather_patches(v.numpy(), t, p), "video must be a torch.Tensor, got ndarray"),
-    (lambda v, t, p: gather_patches(v, t, p[..., :1]), r"points must have shape \(B, N, 2\) with B = 2, got \(2, 4, 1\)"),
-    (lambda v, t, p: gather_patches(v, t, p.long()), "points must be float64"),
-    (lambda v, t, p: gather_patches(v, t.float(), p), "t must be a tensor of integers, got torch.float32"),
-    (lambda v, t, p: gather_patches(v, t[:, 1:], p), r"t must have shape \(B, N\) = \(2, 4\), got \(2, 3\)"),
-    (lambda v, t, p: gather_patches(v, t, p, 0), "size must be at least 1, got 0"),
-    (lambda v, t, p: gather_patches(v, t, p, 13), "border='shift' needs frames of at least 13 x 13 pixels, got 12 x 13"),
-    (lambda v, t, p: gather_patches(v[:, :0], t, p), "video must not be empty"),
-    (lambda v, t, p: gather_patches(v, t, p, mode="nearest"), "mode must be one of 'round', 'floor', 'bilinear'"),
-    (lambda v, t, p: gather_patches(v, t, p, coordinates="uv"), "coordinates must be one of 'scaled'"),
-    (lambda v, t, p: gather_patches(v, t, p, border="zeros"), "border must be one of 'shift', 'replicate'"),
-    (lambda v, t, p: gather_patches(v, t.to("meta"), p), "t and points must be on the device of video"),
-], ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda v, t, p: gather_patches(v[0], t, p), r"video must have shape \(B, T, H, W, C\), got \(3, 12, 13, 2\)"),
+        (lambda v, t, p: gather_patches(v.int(), t, p), "video must be uint8 or floating, got torch.int32"),
+        (lambda v, t, p: gather_patches(v.numpy(), t, p), "video must be a torch.Tensor, got ndarray"),
+        (
+            lambda v, t, p: gather_patches(v, t, p[..., :1]),
+            r"points must have shape \(B, N, 2\) with B = 2, got \(2, 4, 1\)",
+        ),
+        (lambda v, t, p: gather_patches(v, t, p.long()), "points must be float64"),
+        (lambda v, t, p: gather_patches(v, t.float(), p), "t must be a tensor of integers, got torch.float32"),
+        (lambda v, t, p: gather_patches(v, t[:, 1:], p), r"t must have shape \(B, N\) = \(2, 4\), got \(2, 3\)"),
+        (lambda v, t, p: gather_patches(v, t, p, 0), "size must be at least 1, got 0"),
+        (
+            lambda v, t, p: gather_patches(v, t, p, 13),
+            "border='shift' needs frames of at least 13 x 13 pixels, got 12 x 13",
+        ),
+        (lambda v, t, p: gather_patches(v[:, :0], t, p), "video must not be empty"),
+        (lambda v, t, p: gather_patches(v, t, p, mode="nearest"), "mode must be one of 'round', 'floor', 'bilinear'"),
+        (lambda v, t, p: gather_patches(v, t, p, coordinates="uv"), "coordinates must be one of 'scaled'"),
+        (lambda v, t, p: gather_patches(v, t, p, border="zeros"), "border must be one of 'shift', 'replicate'"),
+        (lambda v, t, p: gather_patches(v, t.to("meta"), p), "t and points must be on the device of video"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call(torch.zeros(2, 3, 12, 13, 2), torch.zeros(2, 4, dtype=torch.long), torch.zeros(2, 4, 2))
@@ -300,13 +340,24 @@ def test_fuzz(data):
     draw = data.draw
     batch, n, size = draw(st.integers(0, 2)), draw(st.integers(0, 5)), draw(st.integers(0, 7))
     shape = (batch, *draw(st.tuples(st.integers(0, 3), st.integers(0, 9), st.integers(0, 9), st.integers(0, 4))))
-    options = {"mode": draw(st.sampled_from(MODES)), "coordinates": draw(st.sampled_from(COORDINATES)),
-               "border": draw(st.sampled_from(BORDERS))}
+    options = {
+        "mode": draw(st.sampled_from(MODES)),
+        "coordinates": draw(st.sampled_from(COORDINATES)),
+        "border": draw(st.sampled_from(BORDERS)),
+    }
     dtype = draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8]))
     layout = draw(st.sampled_from([torch.clone, transposed] + [strided] * dtype.is_floating_point))
     video = layout((sample(shape) * 20 + 60).to(dtype))
-    t = torch.randint(-2, 5, (batch, n), generator=torch.Generator().manual_seed(0), dtype=draw(st.sampled_from([torch.int32, torch.int64])))
-    points = strided(sample((batch, n, 2)).to(draw(st.sampled_from([torch.float32, torch.float64]))) * draw(st.sampled_from([1, 9])))
+    t = torch.randint(
+        -2,
+        5,
+        (batch, n),
+        generator=torch.Generator().manual_seed(0),
+        dtype=draw(st.sampled_from([torch.int32, torch.int64])),
+    )
+    points = strided(
+        sample((batch, n, 2)).to(draw(st.sampled_from([torch.float32, torch.float64]))) * draw(st.sampled_from([1, 9]))
+    )
     results = []
     for backend in ("native", "eager"):
         try:

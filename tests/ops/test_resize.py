@@ -84,7 +84,10 @@ def test_jax(shape, method, antialias, backend):
     (d_x,) = torch.autograd.grad(want, x, cotangent)
     tolerance = 2e-5 if backend == "jnp" else 2e-6
     assert np.abs(np.asarray(got) - want.detach().numpy()).max() <= tolerance * want.abs().max()
-    assert np.abs(np.asarray(pullback(jnp.asarray(cotangent.numpy()))[0]) - d_x.numpy()).max() <= tolerance * d_x.abs().max()
+    assert (
+        np.abs(np.asarray(pullback(jnp.asarray(cotangent.numpy()))[0]) - d_x.numpy()).max()
+        <= tolerance * d_x.abs().max()
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -106,7 +109,9 @@ def test_jax_ffi_dtypes_vmap_and_second_order(dtype):
 
 def test_torch_interpolate_is_the_same_filter():
     x = sample((2, 3, 17, 20))  # float64: in float32 torch rounds the sampling positions
-    assert torch.allclose(resize(x, (31, 9), (2, 3)), F.interpolate(x, (31, 9), mode="bicubic", antialias=True), atol=1e-13)
+    assert torch.allclose(
+        resize(x, (31, 9), (2, 3)), F.interpolate(x, (31, 9), mode="bicubic", antialias=True), atol=1e-13
+    )
     bilinear = F.interpolate(x, (31, 9), mode="bilinear")
     assert torch.allclose(resize(x, (31, 9), (2, 3), method="linear", antialias=False), bilinear, atol=1e-13)
     assert torch.equal(resize(x, (31, 9), (2, 3), method="nearest"), F.interpolate(x, (31, 9), mode="nearest-exact"))
@@ -118,10 +123,14 @@ def test_non_contiguous(layout, target):
     want = resize(x, (12, 3), (1, 2), backend=target.backend)
     assert torch.equal(resize(layout(x), (12, 3), (1, 2), backend=target.backend), want)
     one_row = x[:, :1].expand(-1, 7, -1, -1)  # stride 0
-    assert torch.equal(resize(one_row, 3, 1, backend=target.backend), resize(one_row.contiguous(), 3, 1, backend=target.backend))
+    assert torch.equal(
+        resize(one_row, 3, 1, backend=target.backend), resize(one_row.contiguous(), 3, 1, backend=target.backend)
+    )
 
 
-@pytest.mark.parametrize("shape, sizes, dims", [((0, 8, 3), 16, 1), ((2, 8, 0), 16, 1), ((2, 8, 3), 0, 1), ((2, 0, 3), 0, 1)])
+@pytest.mark.parametrize(
+    "shape, sizes, dims", [((0, 8, 3), 16, 1), ((2, 8, 0), 16, 1), ((2, 8, 3), 0, 1), ((2, 0, 3), 0, 1)]
+)
 def test_empty(shape, sizes, dims, target):
     x = torch.zeros(shape, device=target.device, requires_grad=True)
     out = resize(x, sizes, dims, backend=target.backend)
@@ -167,7 +176,9 @@ def test_transforms(backend):
     assert d_x.shape == x.shape
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(resize(x, (16, 5), (1, -1), backend=backend), want)
-    compiled = torch.compile(lambda x: resize(x * 2, (16, 5), (1, -1), backend=backend) + 1, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda x: resize(x * 2, (16, 5), (1, -1), backend=backend) + 1, fullgraph=True, backend="aot_eager"
+    )
     assert torch.allclose(compiled(x), want * 2 + 1, atol=1e-5)
     assert torch.allclose(torch.func.jvp(lambda x: resize(x, 16, 1), (x,), (x,))[1], resize(x, 16, 1), atol=1e-5)
     if backend != "eager":
@@ -196,20 +207,24 @@ def test_use_backend_forces_and_restores():
         torch.func.jvp(lambda x: resize(x, 5, 1), (x,), (x,))
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda x: resize(x.int(), 4, 1), "x must be float64, float32, bfloat16 or float16, got torch.int32"),
-    (lambda x: resize(x.numpy(), 4, 1), "x must be a torch.Tensor, got ndarray"),
-    (lambda x: resize(x.to_sparse(), 4, 1), "x must be a dense tensor"),
-    (lambda x: resize(x, 4, 3), r"dims must be axes of x, which has shape \(2, 3, 5\), got \(3,\)"),
-    (lambda x: resize(x, (4, 4), (1, -2)), "dims must name each axis once"),
-    (lambda x: resize(x, (4, 4), 1), "sizes must have one entry per axis"),
-    (lambda x: resize(x, -1, 1), "sizes must be non-negative"),
-    (lambda x: resize(x, 2**31, 1), r"axes must not be longer than 2\^30, got 3 -> 2147483648"),
-    (lambda x: resize(x[:, :0], 4, 1), "x must not be empty along axis 1"),
-    (lambda x: resize(x, 4, 1, method="bicubic"), "method must be one of 'nearest', 'linear', 'cubic'"),
-    (lambda x: resize(x, 4, 1, backend="cuda"), "backend must be one of"),
-    (lambda x: resize(x.to("meta"), 4, 1, backend="native"), "the native kernels run on cpu and cuda, not on meta"),
-], ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda x: resize(x.int(), 4, 1), "x must be float64, float32, bfloat16 or float16, got torch.int32"),
+        (lambda x: resize(x.numpy(), 4, 1), "x must be a torch.Tensor, got ndarray"),
+        (lambda x: resize(x.to_sparse(), 4, 1), "x must be a dense tensor"),
+        (lambda x: resize(x, 4, 3), r"dims must be axes of x, which has shape \(2, 3, 5\), got \(3,\)"),
+        (lambda x: resize(x, (4, 4), (1, -2)), "dims must name each axis once"),
+        (lambda x: resize(x, (4, 4), 1), "sizes must have one entry per axis"),
+        (lambda x: resize(x, -1, 1), "sizes must be non-negative"),
+        (lambda x: resize(x, 2**31, 1), r"axes must not be longer than 2\^30, got 3 -> 2147483648"),
+        (lambda x: resize(x[:, :0], 4, 1), "x must not be empty along axis 1"),
+        (lambda x: resize(x, 4, 1, method="bicubic"), "method must be one of 'nearest', 'linear', 'cubic'"),
+        (lambda x: resize(x, 4, 1, backend="cuda"), "backend must be one of"),
+        (lambda x: resize(x.to("meta"), 4, 1, backend="native"), "the native kernels run on cpu and cuda, not on meta"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call(torch.zeros(2, 3, 5))
@@ -239,9 +254,12 @@ def test_fuzz(data):
     else:
         assert ours.shape == plain.shape and ours.dtype == plain.dtype
         tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
-        assert torch.allclose(ours.double(), plain.double(), rtol=0, atol=tolerance * max(1, plain.double().abs().max().item()
-                              if plain.numel() else 1))
-
+        assert torch.allclose(
+            ours.double(),
+            plain.double(),
+            rtol=0,
+            atol=tolerance * max(1, plain.double().abs().max().item() if plain.numel() else 1),
+        )
 
 
 @pytest.mark.heavy
@@ -249,4 +267,9 @@ def test_more_than_2_to_the_31_elements():
     x = torch.zeros(2, 2**30 + 64, dtype=torch.bfloat16)
     x[1, -64:] = 1
     out = resize(x, 3, 0, method="linear", antialias=False, backend="native")
-    assert out.shape == (3, 2**30 + 64) and (out[2, -64:] == 1).all() and (out[1, -64:] == 0.5).all() and (out[:, :64] == 0).all()
+    assert (
+        out.shape == (3, 2**30 + 64)
+        and (out[2, -64:] == 1).all()
+        and (out[1, -64:] == 0.5).all()
+        and (out[:, :64] == 0).all()
+    )

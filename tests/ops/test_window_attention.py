@@ -44,7 +44,9 @@ def sample(shape, dtype=torch.float64, seed=0):
 def inputs_of(shape, extra, dtype=torch.float64):
     tensors = {name: sample(shape, dtype, seed) for seed, name in enumerate("qkv")}
     if extra:
-        tensors |= {f"extra_{name}": sample((*shape[:-4], extra, *shape[-2:]), dtype, seed) for seed, name in enumerate("kv", 3)}
+        tensors |= {
+            f"extra_{name}": sample((*shape[:-4], extra, *shape[-2:]), dtype, seed) for seed, name in enumerate("kv", 3)
+        }
     return tensors
 
 
@@ -52,10 +54,15 @@ def check(case, target, dtype):
     shape, window, dilation, border, extra = case
     if target.backend == "triton" and dtype == torch.float64:
         pytest.skip("Triton has no float64 here")
-    if str(target) == "triton-cpu" and dtype != torch.float32 and case != CASES["zeros" if dtype == torch.bfloat16 else "one_token"]:
+    if (
+        str(target) == "triton-cpu"
+        and dtype != torch.float32
+        and case != CASES["zeros" if dtype == torch.bfloat16 else "one_token"]
+    ):
         pytest.skip("the interpreter is slow: one case of each 16-bit type")
     function = lambda q, k, v, extra_k=None, extra_v=None, backend=None: window_attention(
-        q, k, v, window, border=border, dilation=dilation, extra_k=extra_k, extra_v=extra_v, backend=backend)
+        q, k, v, window, border=border, dilation=dilation, extra_k=extra_k, extra_v=extra_v, backend=backend
+    )
     check_op(function, inputs_of(shape, extra), target, dtype)
 
 
@@ -85,8 +92,15 @@ def test_eager_agrees_with_a_loop(case):
     """The definition, query by query."""
     shape, window, dilation, border, extra = case
     tensors = inputs_of(shape, extra)
-    got = window_attention(*(tensors[n] for n in "qkv"), window, border=border, dilation=dilation,
-                           extra_k=tensors.get("extra_k"), extra_v=tensors.get("extra_v"), backend="eager")
+    got = window_attention(
+        *(tensors[n] for n in "qkv"),
+        window,
+        border=border,
+        dilation=dilation,
+        extra_k=tensors.get("extra_k"),
+        extra_v=tensors.get("extra_v"),
+        backend="eager",
+    )
     height, width, heads, dim = shape[-4:]
     q, k, v, got = (x.reshape(-1, *shape[-4:]) for x in (*(tensors[n] for n in "qkv"), got))
     pair = lambda x: (x, x) if isinstance(x, int) else x
@@ -95,7 +109,7 @@ def test_eager_agrees_with_a_loop(case):
         if border == "shift":
             residues = list(range(place % d, size, d))
             start = max(0, min(residues.index(place) - w // 2, len(residues) - w))
-            return residues[start:start + w]
+            return residues[start : start + w]
         return [place + a * d for a in range(-(w // 2), w - w // 2)]
 
     for f, y, x, h in np.ndindex(q.shape[0], height, width, heads):
@@ -124,7 +138,9 @@ def test_goldens(file, backend):
         arrays = {name: torch.from_numpy(golden[name]) for name in golden.files if name != "config"}
     for key, (shape, centre, scale) in config.get("recipe", {}).get("entries", {}).items():
         arrays[f"params/{key}"] = recipe(key, shape, centre, scale, config["recipe"]["seed"])
-    params = {name.removeprefix("params/"): x.requires_grad_() for name, x in arrays.items() if name.startswith("params/")}
+    params = {
+        name.removeprefix("params/"): x.requires_grad_() for name, x in arrays.items() if name.startswith("params/")
+    }
     x, frames, heads = arrays["in/x"].requires_grad_(), config["T"], config["num_heads"]
     window = config.get("local_window_size") or config["window"]
     grid = x.unflatten(1, (frames, config["H"], config["W"]))
@@ -143,12 +159,17 @@ def test_goldens(file, backend):
 
 def recipe(key, shape, centre, scale, seed):
     mask = np.uint64(0xFFFFFFFF)
-    h = (np.arange(np.prod(shape), dtype=np.uint64) * np.uint64(0x9E3779B1) + np.uint64(zlib.crc32(key.encode()))
-         + np.uint64((seed * 0x85EBCA6B) & 0xFFFFFFFF)) & mask
+    h = (
+        np.arange(np.prod(shape), dtype=np.uint64) * np.uint64(0x9E3779B1)
+        + np.uint64(zlib.crc32(key.encode()))
+        + np.uint64((seed * 0x85EBCA6B) & 0xFFFFFFFF)
+    ) & mask
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         h = ((h ^ (h >> np.uint64(shift))) * np.uint64(factor)) & mask
     h ^= h >> np.uint64(16)
-    return torch.from_numpy((centre + scale * (2 * (h.astype(np.float64) + 0.5) / 2**32 - 1)).astype(np.float32).reshape(shape))
+    return torch.from_numpy(
+        (centre + scale * (2 * (h.astype(np.float64) + 0.5) / 2**32 - 1)).astype(np.float32).reshape(shape)
+    )
 
 
 @pytest.mark.parametrize("border, window", [("mask", 11), ("mask", (40, 12)), ("shift", 6), ("shift", (9, 7))])
@@ -164,15 +185,25 @@ def test_a_covering_window_is_full_attention(border, window, extra):
         assert torch.allclose(function(backend), want, atol=2e-6)
 
 
-@pytest.mark.parametrize("args", [
-    dict(window=10, border="mask"), dict(window=5, border="shift"), dict(window=11, border="zero"),
-    dict(window=11, border="mask", dilation=2)], ids=str)
+@pytest.mark.parametrize(
+    "args",
+    [
+        dict(window=10, border="mask"),
+        dict(window=5, border="shift"),
+        dict(window=11, border="zero"),
+        dict(window=11, border="mask", dilation=2),
+    ],
+    ids=str,
+)
 def test_a_window_that_does_not_cover_is_not(args):
     tensors = inputs_of((1, 6, 6, 1, 8), 0, torch.float32)
     with pytest.raises(ValueError, match="backend 'sdpa' cannot run"):
         window_attention(**tensors, **args, backend="sdpa")
-    assert torch.allclose(window_attention(**tensors, **args, backend="native"),
-                          window_attention(**tensors, **args, backend="eager"), atol=2e-6)
+    assert torch.allclose(
+        window_attention(**tensors, **args, backend="native"),
+        window_attention(**tensors, **args, backend="eager"),
+        atol=2e-6,
+    )
 
 
 @pytest.mark.parametrize("border", BORDERS)
@@ -205,11 +236,15 @@ def test_jax_ffi_dtypes():
 
     for dtype in ("float32", "bfloat16", "float16"):
         tensors = inputs_of((1, 5, 6, 2, 16), 0, getattr(torch, dtype))
-        got = jax_window_attention(*(jnp.asarray(x.float().numpy()).astype(dtype) for x in tensors.values()), 3, backend="ffi")
+        got = jax_window_attention(
+            *(jnp.asarray(x.float().numpy()).astype(dtype) for x in tensors.values()), 3, backend="ffi"
+        )
         want = window_attention(*tensors.values(), 3, backend="native").float().numpy()
         assert np.array_equal(np.asarray(got.astype("float32")), want)  # the same machine code
     with pytest.raises(ValueError, match="border must be one of"):
-        jax_window_attention(jnp.zeros((5, 6, 2, 16)), jnp.zeros((5, 6, 2, 16)), jnp.zeros((5, 6, 2, 16)), 3, border="wrap")
+        jax_window_attention(
+            jnp.zeros((5, 6, 2, 16)), jnp.zeros((5, 6, 2, 16)), jnp.zeros((5, 6, 2, 16)), 3, border="wrap"
+        )
 
 
 def test_views_of_a_fused_projection_are_not_copied(monkeypatch):
@@ -230,8 +265,10 @@ def test_non_contiguous(layout, target):
     assert torch.equal(window_attention(**heads_first, window=3, backend=target.backend), want)
     shared = tensors | {name: tensors[name][:1] for name in ("extra_k", "extra_v")}  # one set for all frames
     spread = tensors | {name: tensors[name][:1].expand(2, -1, -1, -1).contiguous() for name in ("extra_k", "extra_v")}
-    assert torch.equal(window_attention(**shared, window=3, backend=target.backend),
-                       window_attention(**spread, window=3, backend=target.backend))
+    assert torch.equal(
+        window_attention(**shared, window=3, backend=target.backend),
+        window_attention(**spread, window=3, backend=target.backend),
+    )
 
 
 def test_huge_strides(target):
@@ -242,8 +279,10 @@ def test_huge_strides(target):
     x = torch.empty(0).set_(big, 0, (1, 4, 1, 1, 8), (0, 2**30, 8, 8, 1))
     values = sample((1, 4, 1, 1, 8), torch.float32)
     x.copy_(values)
-    assert torch.equal(window_attention(x, x, x, 3, backend=target.backend),
-                       window_attention(values, values, values, 3, backend=target.backend))
+    assert torch.equal(
+        window_attention(x, x, x, 3, backend=target.backend),
+        window_attention(values, values, values, 3, backend=target.backend),
+    )
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 4, 2, 8), (2, 0, 4, 2, 8), (2, 4, 0, 2, 8), (2, 4, 4, 0, 8)], ids=str)
@@ -273,8 +312,9 @@ def test_derivatives_and_registration(backend, extra):
     tensors = inputs_of((1, 3, 4, 1, 4), extra)
     if backend == "native":
         leaves = [x.to(device).requires_grad_() for x in tensors.values()]
-        function = lambda q, k, v, *e: window_attention(q, k, v, (3, 2), border="zero", backend=backend,
-                                                        **dict(zip(("extra_k", "extra_v"), e)))
+        function = lambda q, k, v, *e: window_attention(
+            q, k, v, (3, 2), border="zero", backend=backend, **dict(zip(("extra_k", "extra_v"), e))
+        )
         assert torch.autograd.gradcheck(function, leaves)
         with pytest.raises(RuntimeError, match="no second derivative"):
             (first,) = torch.autograd.grad(function(*leaves).square().sum(), leaves[0], create_graph=True)
@@ -292,8 +332,9 @@ def test_derivatives_and_registration(backend, extra):
 
 def test_eager_differentiates_twice():
     leaves = [x.requires_grad_() for x in inputs_of((1, 2, 3, 1, 2), 1).values()]
-    function = lambda q, k, v, extra_k, extra_v: window_attention(q, k, v, 2, border="zero", extra_k=extra_k, extra_v=extra_v,
-                                                                  backend="eager")
+    function = lambda q, k, v, extra_k, extra_v: window_attention(
+        q, k, v, 2, border="zero", extra_k=extra_k, extra_v=extra_v, backend="eager"
+    )
     assert torch.autograd.gradgradcheck(function, leaves)
 
 
@@ -302,7 +343,9 @@ def test_transforms(backend):
     """vmap, func.grad, jvp (eager alone has it, and is chosen), autocast, compile without a graph break."""
     q, k, v = inputs_of((3, 4, 5, 2, 8), 0, torch.float32).values()
     extra_k, extra_v = sample((2, 2, 8), torch.float32, 5), sample((2, 2, 8), torch.float32, 6)
-    function = lambda q, k, v: window_attention(q, k, v, 3, border="shift", extra_k=extra_k, extra_v=extra_v, backend=backend)
+    function = lambda q, k, v: window_attention(
+        q, k, v, 3, border="shift", extra_k=extra_k, extra_v=extra_v, backend=backend
+    )
     want = function(q, k, v)
     assert torch.allclose(torch.vmap(function)(q, k, v), want, atol=1e-6)
     assert torch.allclose(torch.vmap(function, in_dims=(0, None, None))(q, k[0], v[0])[0], want[0], atol=1e-6)
@@ -322,7 +365,9 @@ def test_transforms(backend):
     compiled(leaf).sum().backward()
     assert leaf.grad.shape == q.shape
     small = [x[:, :2, :2] for x in (q, k, v)]
-    jvp = lambda b: torch.func.jvp(lambda q: window_attention(q, *small[1:], 1, border="zero", backend=b), (small[0],), (small[0],))
+    jvp = lambda b: torch.func.jvp(
+        lambda q: window_attention(q, *small[1:], 1, border="zero", backend=b), (small[0],), (small[0],)
+    )
     assert jvp(None)[1].shape == small[0].shape
     if backend != "eager":
         with pytest.raises(ValueError, match="no forward-mode derivative"):
@@ -346,25 +391,53 @@ def test_threads_change_nothing():
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda q: window_attention(q.int(), q, q, 3), "q must be float64, float32, bfloat16 or float16, got torch.int32"),
-    (lambda q: window_attention(q, q.numpy(), q, 3), "k must be a torch.Tensor, got ndarray"),
-    (lambda q: window_attention(q, q, q.double(), 3), "v must have the dtype of q"),
-    (lambda q: window_attention(q, q[:, :3], q, 3), r"k must have the shape of q, \(2, 4, 5, 2, 8\), got \(2, 3, 5, 2, 8\)"),
-    (lambda q: window_attention(q[0, 0], q[0, 0], q[0, 0], 3), r"q must be \(B..., H, W, heads, D\)"),
-    (lambda q: window_attention(q, q, q, 0), "window must be a whole number from 1 to 2\\^20"),
-    (lambda q: window_attention(q, q, q, (3, 3, 3)), "window must be a whole number"),
-    (lambda q: window_attention(q, q, q, 3, dilation=(1, 0)), "dilation must be a whole number"),
-    (lambda q: window_attention(q, q, q, 3, border="reflect"), "border must be one of 'mask', 'shift', 'zero', got 'reflect'"),
-    (lambda q: window_attention(q, q, q, 3, extra_k=q[:, 0]), "extra_k and extra_v must be given together"),
-    (lambda q: window_attention(q, q, q, 3, extra_k=q[:, 0, :, :1], extra_v=q[:, 0]), r"extra_k must be \(B..., E, 2, 8\)"),
-    (lambda q: window_attention(q, q, q, 3, extra_k=q[0], extra_v=q[0]), "the leading axes of extra_k must broadcast"),
-    (lambda q: window_attention(q, q, q, 3, extra_k=q[:, 0], extra_v=q[:, 0, :3]), "extra_v must have as many tokens as extra_k"),
-    (lambda q: window_attention(q[..., :0], q[..., :0], q[..., :0], 3), "q must have at least one element per head"),
-    (lambda q: window_attention(q, q, q, 3, backend="cuda"), "backend must be one of"),
-    (lambda q: window_attention(*[q.to("meta")] * 3, 3, backend="native"), "the native kernels run on cpu and cuda, not on meta"),
-    (lambda q: window_attention(*[q.double()] * 3, 3, backend="triton"), "backend 'triton' cannot run"),
-], ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (
+            lambda q: window_attention(q.int(), q, q, 3),
+            "q must be float64, float32, bfloat16 or float16, got torch.int32",
+        ),
+        (lambda q: window_attention(q, q.numpy(), q, 3), "k must be a torch.Tensor, got ndarray"),
+        (lambda q: window_attention(q, q, q.double(), 3), "v must have the dtype of q"),
+        (
+            lambda q: window_attention(q, q[:, :3], q, 3),
+            r"k must have the shape of q, \(2, 4, 5, 2, 8\), got \(2, 3, 5, 2, 8\)",
+        ),
+        (lambda q: window_attention(q[0, 0], q[0, 0], q[0, 0], 3), r"q must be \(B..., H, W, heads, D\)"),
+        (lambda q: window_attention(q, q, q, 0), "window must be a whole number from 1 to 2\\^20"),
+        (lambda q: window_attention(q, q, q, (3, 3, 3)), "window must be a whole number"),
+        (lambda q: window_attention(q, q, q, 3, dilation=(1, 0)), "dilation must be a whole number"),
+        (
+            lambda q: window_attention(q, q, q, 3, border="reflect"),
+            "border must be one of 'mask', 'shift', 'zero', got 'reflect'",
+        ),
+        (lambda q: window_attention(q, q, q, 3, extra_k=q[:, 0]), "extra_k and extra_v must be given together"),
+        (
+            lambda q: window_attention(q, q, q, 3, extra_k=q[:, 0, :, :1], extra_v=q[:, 0]),
+            r"extra_k must be \(B..., E, 2, 8\)",
+        ),
+        (
+            lambda q: window_attention(q, q, q, 3, extra_k=q[0], extra_v=q[0]),
+            "the leading axes of extra_k must broadcast",
+        ),
+        (
+            lambda q: window_attention(q, q, q, 3, extra_k=q[:, 0], extra_v=q[:, 0, :3]),
+            "extra_v must have as many tokens as extra_k",
+        ),
+        (
+            lambda q: window_attention(q[..., :0], q[..., :0], q[..., :0], 3),
+            "q must have at least one element per head",
+        ),
+        (lambda q: window_attention(q, q, q, 3, backend="cuda"), "backend must be one of"),
+        (
+            lambda q: window_attention(*[q.to("meta")] * 3, 3, backend="native"),
+            "the native kernels run on cpu and cuda, not on meta",
+        ),
+        (lambda q: window_attention(*[q.double()] * 3, 3, backend="triton"), "backend 'triton' cannot run"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call(torch.zeros(2, 4, 5, 2, 8))
@@ -382,7 +455,11 @@ def test_fuzz(data):
     """Any shape, layout and option: native computes what eager does, forward and backward, or both raise ValueError."""
     draw = data.draw
     shape = tuple(draw(st.lists(st.integers(0, 3), max_size=2))) + (
-        draw(st.integers(0, 40)), draw(st.integers(0, 20)), draw(st.integers(0, 3)), draw(st.integers(0, 20)))
+        draw(st.integers(0, 40)),
+        draw(st.integers(0, 20)),
+        draw(st.integers(0, 3)),
+        draw(st.integers(0, 20)),
+    )
     pairs = lambda high: st.one_of(st.integers(0, high), st.tuples(st.integers(1, high), st.integers(1, high)))
     window, dilation = draw(pairs(11), label="window"), draw(pairs(4), label="dilation")
     border, extra = draw(st.sampled_from(BORDERS)), draw(st.integers(0, 3), label="extra")

@@ -44,7 +44,9 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         init = nn.initializers.xavier_uniform()
-        hidden = nn.gelu(nn.Dense(self.hidden_size, dtype=x.dtype, kernel_init=init, name="dense_in")(x), self.approximate)
+        hidden = nn.gelu(
+            nn.Dense(self.hidden_size, dtype=x.dtype, kernel_init=init, name="dense_in")(x), self.approximate
+        )
         return nn.Dense(x.shape[-1], dtype=x.dtype, kernel_init=init, name="dense_out")(hidden)
 
 
@@ -133,15 +135,24 @@ class CrossDecoder(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
-        self.blocks = [CrossBlock(self.features, self.num_heads, self.mlp_size, self.norm_memory, self.eps, self.approximate,
-                                  self.dtype) for _ in range(self.num_layers)]
+        self.blocks = [
+            CrossBlock(
+                self.features, self.num_heads, self.mlp_size, self.norm_memory, self.eps, self.approximate, self.dtype
+            )
+            for _ in range(self.num_layers)
+        ]
         self.norm = nn.LayerNorm(self.eps, dtype=self.dtype)
 
     def prepare(self, memory: Array) -> list[tuple[Array, Array]]:
         return [block.prepare(memory) for block in self.blocks]
 
-    def decode(self, queries: Array, memory: list[tuple[Array, Array]], key_padding_mask: Array | None = None,
-               taps: dict[str, Array] | None = None) -> Array:
+    def decode(
+        self,
+        queries: Array,
+        memory: list[tuple[Array, Array]],
+        key_padding_mask: Array | None = None,
+        taps: dict[str, Array] | None = None,
+    ) -> Array:
         tokens = queries
         for layer, (block, (keys, values)) in enumerate(zip(self.blocks, memory)):
             tokens = block(tokens, keys, values, key_padding_mask)
@@ -152,6 +163,7 @@ class CrossDecoder(nn.Module):
             taps["decoder/norm"] = tokens
         return tokens
 
-    def __call__(self, queries: Array, memory: Array, key_padding_mask: Array | None = None,
-                 taps: dict[str, Array] | None = None) -> Array:
+    def __call__(
+        self, queries: Array, memory: Array, key_padding_mask: Array | None = None, taps: dict[str, Array] | None = None
+    ) -> Array:
         return self.decode(queries, self.prepare(memory), key_padding_mask, taps)

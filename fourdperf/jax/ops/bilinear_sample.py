@@ -1,7 +1,7 @@
 """bilinear_sample for JAX: see fourdperf/ops/bilinear_sample.py for maths, borders, derivatives, shapes and errors.
 
-    jnp   four gathers (nearest: one); any order of derivative, forward mode too
-    ffi   the native kernels; reverse mode of first and second order
+jnp   four gathers (nearest: one); any order of derivative, forward mode too
+ffi   the native kernels; reverse mode of first and second order
 """
 
 import functools
@@ -19,8 +19,16 @@ _HALF = (jnp.bfloat16, jnp.float16)
 _NOWHERE = -2
 
 
-def bilinear_sample(map: jax.Array, xy: jax.Array, *, mode: str = "bilinear", coordinates: str = "unit",
-                    align_corners: bool = True, border: str = "clamp", backend: str | None = None) -> jax.Array:
+def bilinear_sample(
+    map: jax.Array,
+    xy: jax.Array,
+    *,
+    mode: str = "bilinear",
+    coordinates: str = "unit",
+    align_corners: bool = True,
+    border: str = "clamp",
+    backend: str | None = None,
+) -> jax.Array:
     """map (..., H, W, C), xy (..., N, 2) -> (..., N, C); arguments and errors as fourdperf.ops.bilinear_sample."""
     map, xy = jnp.asarray(map), jnp.asarray(xy)
     for name, x in (("map", map), ("xy", xy)):
@@ -32,13 +40,19 @@ def bilinear_sample(map: jax.Array, xy: jax.Array, *, mode: str = "bilinear", co
         raise ValueError(f"xy must have shape (..., N, 2), got {xy.shape}")
     if xy.dtype != map.dtype and not (map.dtype in _HALF and xy.dtype == jnp.float32):
         raise ValueError(f"xy must have the dtype of map ({map.dtype}), or be float32 for a 16-bit map, got {xy.dtype}")
-    for name, value, choices in (("mode", mode, MODES), ("coordinates", coordinates, COORDINATES), ("border", border, BORDERS)):
+    for name, value, choices in (
+        ("mode", mode, MODES),
+        ("coordinates", coordinates, COORDINATES),
+        ("border", border, BORDERS),
+    ):
         if value not in choices:
             raise ValueError(f"{name} must be one of {', '.join(repr(choice) for choice in choices)}, got {value!r}")
     try:
         lead = jnp.broadcast_shapes(map.shape[:-3], xy.shape[:-2])
     except ValueError:
-        raise ValueError(f"the leading dimensions of map {map.shape[:-3]} and of xy {xy.shape[:-2]} must broadcast") from None
+        raise ValueError(
+            f"the leading dimensions of map {map.shape[:-3]} and of xy {xy.shape[:-2]} must broadcast"
+        ) from None
     n, c, rank = xy.shape[-2], map.shape[-1], len(lead)
     if math.prod(lead) * n * c == 0:
         return jnp.zeros((*lead, n, c), map.dtype)
@@ -156,8 +170,9 @@ def _bwd_bwd(*args):
         return _ffi(gg_map, xy, mode, *rule), jnp.zeros_like(map), jnp.zeros_like(xy)
     attributes = _rule(mode, *rule)
     del attributes["mode"]
-    d_d_out, d_map, d_xy = _call("bwd_bwd", (_like(d_out), _like(map, xy.dtype), _like(xy)), attributes, gg_map, gg_xy, d_out,
-                                 map, xy)
+    d_d_out, d_map, d_xy = _call(
+        "bwd_bwd", (_like(d_out), _like(map, xy.dtype), _like(xy)), attributes, gg_map, gg_xy, d_out, map, xy
+    )
     return d_d_out, d_map.astype(map.dtype), d_xy
 
 

@@ -1,7 +1,7 @@
 """cross_attention for JAX: see fourdperf/ops/cross_attention.py for maths, shapes, the mask and errors.
 
-    jnp   einsum and softmax on the full (Q, K) matrix, in float32 for 16-bit inputs; differentiable any number of times
-    ffi   the native kernel (cpu); memory O(tokens); reverse-mode derivatives of first order
+jnp   einsum and softmax on the full (Q, K) matrix, in float32 for 16-bit inputs; differentiable any number of times
+ffi   the native kernel (cpu); memory O(tokens); reverse-mode derivatives of first order
 """
 
 import functools
@@ -14,8 +14,15 @@ from fourdperf.jax.ops.backends import choose, ffi_why_not
 _HALF = (jnp.bfloat16, jnp.float16)
 
 
-def cross_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, key_padding_mask: jax.Array | None = None,
-                    scale: float | None = None, backend: str | None = None) -> jax.Array:
+def cross_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    key_padding_mask: jax.Array | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> jax.Array:
     """softmax(q k^T scale) v; arguments and errors as fourdperf.ops.cross_attention."""
     q, k, v = (jnp.asarray(x) for x in (q, k, v))
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -24,7 +31,9 @@ def cross_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, key_padding_mas
         if x.ndim != 4:
             raise ValueError(f"{name} must be (batch, tokens, heads, channels), got shape {x.shape}")
     if (k.shape[0], *k.shape[2:]) != (q.shape[0], *q.shape[2:]) or v.shape[:3] != k.shape[:3]:
-        raise ValueError(f"q (B, Q, H, D), k (B, K, H, D) and v (B, K, H, E) do not fit: {q.shape}, {k.shape}, {v.shape}")
+        raise ValueError(
+            f"q (B, Q, H, D), k (B, K, H, D) and v (B, K, H, E) do not fit: {q.shape}, {k.shape}, {v.shape}"
+        )
     mask = key_padding_mask
     if mask is not None and (mask.dtype != jnp.bool_ or mask.shape != k.shape[:2]):
         raise ValueError(f"key_padding_mask must be bool and (B, K) = {k.shape[:2]}, got {mask.dtype} {mask.shape}")
@@ -50,7 +59,9 @@ def _jnp(q, k, v, mask, scale):
         weights = jax.nn.softmax(scores, axis=-1) if k.shape[1] else scores
     else:
         padding = mask[:, None, None, :]
-        weights = jnp.where(padding, 0, jax.nn.softmax(jnp.where(padding, jnp.finfo(scores.dtype).min, scores), axis=-1))
+        weights = jnp.where(
+            padding, 0, jax.nn.softmax(jnp.where(padding, jnp.finfo(scores.dtype).min, scores), axis=-1)
+        )
     return jnp.einsum("bhqk,bkhe->bqhe", weights, v, precision="highest").astype(dtype)
 
 
@@ -62,8 +73,10 @@ def _ffi(q, k, v, mask, scale):
 def _forward(q, k, v, mask, scale):
     batch, queries, heads, _ = q.shape
     stats = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
-    shapes = (jax.ShapeDtypeStruct((batch, queries, heads, v.shape[3]), q.dtype),
-              jax.ShapeDtypeStruct((batch, heads, 2, queries), stats))
+    shapes = (
+        jax.ShapeDtypeStruct((batch, queries, heads, v.shape[3]), q.dtype),
+        jax.ShapeDtypeStruct((batch, heads, 2, queries), stats),
+    )
     return jax.ffi.ffi_call("fourdperf_cross_attention", shapes, vmap_method="sequential")(q, k, v, mask, scale=scale)
 
 

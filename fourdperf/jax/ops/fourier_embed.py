@@ -1,7 +1,7 @@
 """fourier_embed and fourier_linear for JAX: see fourdperf/ops/fourier_embed.py for maths, order, dtypes and errors.
 
-    jnp   the formula; the angle is rounded
-    ffi   the native kernels; angles from the exact product. Reverse-mode derivatives of any order.
+jnp   the formula; the angle is rounded
+ffi   the native kernels; angles from the exact product. Reverse-mode derivatives of any order.
 """
 
 import math
@@ -24,8 +24,14 @@ def fourier_embed(x: jax.Array, frequencies: jax.Array, *, backend: str | None =
     return _embed(x, frequencies)
 
 
-def fourier_linear(x: jax.Array, frequencies: jax.Array, weight: jax.Array, bias: jax.Array | None = None, *,
-                   backend: str | None = None) -> jax.Array:
+def fourier_linear(
+    x: jax.Array,
+    frequencies: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None = None,
+    *,
+    backend: str | None = None,
+) -> jax.Array:
     """fourier_embed, then weight (M, 2 D F, torch's order of axes) and bias; as fourdperf.ops.fourier_linear.
 
     A Flax kernel is weight.T.
@@ -36,10 +42,14 @@ def fourier_linear(x: jax.Array, frequencies: jax.Array, weight: jax.Array, bias
     if weight.ndim != 2 or weight.shape[1] != columns:
         raise ValueError(f"weight must have shape (M, 2 D F) with 2 D F = {columns}, got {weight.shape}")
     if x.dtype != weight.dtype and not (x.dtype == jnp.float32 and weight.dtype in (jnp.bfloat16, jnp.float16)):
-        raise ValueError(f"x must have the dtype of weight ({weight.dtype}), or float32 with a 16-bit weight, got {x.dtype}")
+        raise ValueError(
+            f"x must have the dtype of weight ({weight.dtype}), or float32 with a 16-bit weight, got {x.dtype}"
+        )
     bias = jnp.zeros(weight.shape[0], weight.dtype) if bias is None else jnp.asarray(bias)
     if bias.shape != weight.shape[:1] or bias.dtype != weight.dtype:
-        raise ValueError(f"bias must have shape ({weight.shape[0]},) and dtype {weight.dtype}, got {bias.shape}, {bias.dtype}")
+        raise ValueError(
+            f"bias must have shape ({weight.shape[0]},) and dtype {weight.dtype}, got {bias.shape}, {bias.dtype}"
+        )
     if choose("fourier_linear", ffi_why_not(), backend) == "jnp" or not x.size * frequencies.size * weight.size:
         return _embed_jnp(x, frequencies).astype(weight.dtype) @ weight.T + bias
     return _linear(x.astype(frequencies.dtype), frequencies, weight, bias)
@@ -88,7 +98,7 @@ def fourier_columns(dims: int, bands: int, axes: Sequence[str]) -> np.ndarray:
 
 
 def _embed_jnp(x, frequencies):
-    angles = (x.astype(frequencies.dtype)[..., None] * frequencies)
+    angles = x.astype(frequencies.dtype)[..., None] * frequencies
     angles = angles.reshape(*x.shape[:-1], x.shape[-1] * frequencies.shape[0])
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1).astype(x.dtype)
 
@@ -108,16 +118,22 @@ def _rows(x):
 @jax.custom_vjp
 def _embed(x, frequencies):
     shape = (*x.shape[:-1], 2 * x.shape[-1] * frequencies.shape[0])
-    call = jax.ffi.ffi_call("fourdperf_fourier_embed", jax.ShapeDtypeStruct((math.prod(shape[:-1]), shape[-1]), x.dtype),
-                            vmap_method="sequential")
+    call = jax.ffi.ffi_call(
+        "fourdperf_fourier_embed",
+        jax.ShapeDtypeStruct((math.prod(shape[:-1]), shape[-1]), x.dtype),
+        vmap_method="sequential",
+    )
     return call(_rows(x), frequencies).reshape(shape)
 
 
 @jax.custom_vjp
 def _backward(d_out, x, frequencies):
     like = lambda array, shape: jax.ShapeDtypeStruct(shape, array.dtype)
-    call = jax.ffi.ffi_call("fourdperf_fourier_embed_backward", (like(x, _rows(x).shape), like(frequencies, frequencies.shape)),
-                            vmap_method="sequential")
+    call = jax.ffi.ffi_call(
+        "fourdperf_fourier_embed_backward",
+        (like(x, _rows(x).shape), like(frequencies, frequencies.shape)),
+        vmap_method="sequential",
+    )
     d_x, d_frequencies = call(_rows(d_out), _rows(x), frequencies)
     return d_x.reshape(x.shape), d_frequencies
 
@@ -125,8 +141,11 @@ def _backward(d_out, x, frequencies):
 @jax.custom_vjp
 def _linear(x, frequencies, weight, bias):
     rows = _rows(x)
-    call = jax.ffi.ffi_call("fourdperf_fourier_linear", jax.ShapeDtypeStruct((rows.shape[0], weight.shape[0]), weight.dtype),
-                            vmap_method="sequential")
+    call = jax.ffi.ffi_call(
+        "fourdperf_fourier_linear",
+        jax.ShapeDtypeStruct((rows.shape[0], weight.shape[0]), weight.dtype),
+        vmap_method="sequential",
+    )
     return call(rows, frequencies, weight, bias).reshape(*x.shape[:-1], weight.shape[0])
 
 

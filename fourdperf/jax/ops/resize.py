@@ -1,7 +1,7 @@
 """resize for JAX: see fourdperf/ops/resize.py for maths, shapes and errors.
 
-    jnp   jax.image.resize itself
-    ffi   the native kernel; weights and sums in float32 for 16-bit inputs too. Reverse-mode derivatives of any order.
+jnp   jax.image.resize itself
+ffi   the native kernel; weights and sums in float32 for 16-bit inputs too. Reverse-mode derivatives of any order.
 """
 
 import functools
@@ -17,8 +17,15 @@ METHODS = ("nearest", "linear", "cubic", "lanczos3", "lanczos5")
 _HALF = (jnp.bfloat16, jnp.float16)
 
 
-def resize(x: jax.Array, sizes: int | Sequence[int], dims: int | Sequence[int], *, method: str = "cubic",
-           antialias: bool = True, backend: str | None = None) -> jax.Array:
+def resize(
+    x: jax.Array,
+    sizes: int | Sequence[int],
+    dims: int | Sequence[int],
+    *,
+    method: str = "cubic",
+    antialias: bool = True,
+    backend: str | None = None,
+) -> jax.Array:
     """Resamples the axes `dims` of `x` to the lengths `sizes`; arguments and errors as fourdperf.ops.resize."""
     x = jnp.asarray(x)
     sizes, dims = ((v,) if isinstance(v, int) else tuple(v) for v in (sizes, dims))
@@ -27,10 +34,14 @@ def resize(x: jax.Array, sizes: int | Sequence[int], dims: int | Sequence[int], 
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
     if len(sizes) != len(dims) or any(not -x.ndim <= dim < x.ndim for dim in dims):
-        raise ValueError(f"sizes and dims must pair axes of x, which has shape {x.shape}, with lengths; got {sizes}, {dims}")
+        raise ValueError(
+            f"sizes and dims must pair axes of x, which has shape {x.shape}, with lengths; got {sizes}, {dims}"
+        )
     dims = tuple(dim % x.ndim for dim in dims)
     if len(set(dims)) != len(dims) or any(size < 0 or (size and not x.shape[d]) for size, d in zip(sizes, dims)):
-        raise ValueError(f"dims must name each axis once and sizes be non-negative, x not empty there; got {sizes}, {dims}")
+        raise ValueError(
+            f"dims must name each axis once and sizes be non-negative, x not empty there; got {sizes}, {dims}"
+        )
     shape = list(x.shape)
     for size, dim in zip(sizes, dims):
         shape[dim] = size
@@ -40,8 +51,10 @@ def resize(x: jax.Array, sizes: int | Sequence[int], dims: int | Sequence[int], 
         return jnp.zeros(shape, x.dtype)
     if choose("resize", ffi_why_not(), backend) == "jnp":
         return jax.image.resize(x, shape, method, antialias)
-    changed = sorted(((size, dim) for size, dim in zip(sizes, dims) if x.shape[dim] != size),
-                     key=lambda axis: axis[0] / x.shape[axis[1]])
+    changed = sorted(
+        ((size, dim) for size, dim in zip(sizes, dims) if x.shape[dim] != size),
+        key=lambda axis: axis[0] / x.shape[axis[1]],
+    )
     dtype, y = x.dtype, x.astype(jnp.float32) if x.dtype in _HALF and len(changed) > 1 else x
     for size, dim in changed:
         y = _axis(y, dim, y.shape[dim], size, METHODS.index(method), antialias, False)
@@ -51,11 +64,19 @@ def resize(x: jax.Array, sizes: int | Sequence[int], dims: int | Sequence[int], 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4, 5, 6))
 def _axis(x, dim, n_in, n_out, method, antialias, adjoint):
     rows = n_in if adjoint else n_out
-    outer, inner = math.prod(x.shape[:dim]), math.prod(x.shape[dim + 1:])
-    call = jax.ffi.ffi_call("fourdperf_resize", jax.ShapeDtypeStruct((outer, rows, inner), x.dtype), vmap_method="expand_dims")
-    out = call(x.reshape(outer, x.shape[dim], inner), n_in=n_in, n_out=n_out, filter=method, antialias=antialias,
-               adjoint=adjoint)
-    return out.reshape(*x.shape[:dim], rows, *x.shape[dim + 1:])
+    outer, inner = math.prod(x.shape[:dim]), math.prod(x.shape[dim + 1 :])
+    call = jax.ffi.ffi_call(
+        "fourdperf_resize", jax.ShapeDtypeStruct((outer, rows, inner), x.dtype), vmap_method="expand_dims"
+    )
+    out = call(
+        x.reshape(outer, x.shape[dim], inner),
+        n_in=n_in,
+        n_out=n_out,
+        filter=method,
+        antialias=antialias,
+        adjoint=adjoint,
+    )
+    return out.reshape(*x.shape[:dim], rows, *x.shape[dim + 1 :])
 
 
 def _axis_fwd(x, *spec):
