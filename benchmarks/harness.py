@@ -79,7 +79,7 @@ def with_malloc_settings() -> None:
     """Starts this process again with MALLOC set (glibc reads it at start only)."""
     if platform.libc_ver()[0] == "glibc" and any(os.environ.get(k) != v for k, v in MALLOC.items()):
         os.environ.update(MALLOC)
-        os.execv(sys.executable, sys.orig_argv[:1] + sys.orig_argv[1:])
+        os.execv(sys.executable, sys.orig_argv)
 
 
 def machine() -> dict:
