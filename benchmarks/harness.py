@@ -232,8 +232,11 @@ def run(case: Case, roof: dict, rounds: int = 15, seconds: float = 3.0) -> list[
     return list(rows.values())
 
 
-def report(cases: Iterable[Case], device: str, rounds: int = 15) -> tuple[dict, list[Row]]:
-    """Runs the cases, printing each as it is done; returns what ran (machine and roofs) and all rows."""
+def report(
+    cases: Iterable[Case], device: str, rounds: int = 15, csv_file: Path | None = None
+) -> tuple[dict, list[Row]]:
+    """Runs the cases, printing each as it is done and appending its rows to `csv_file`; returns what ran (machine and
+    roofs) and all rows."""
     header = machine() | {"roofs": roofs(device)}
     print(" ".join(f"{k}={v}" for k, v in header.items() if k != "roofs"))
     print(
@@ -249,8 +252,11 @@ def report(cases: Iterable[Case], device: str, rounds: int = 15) -> tuple[dict, 
         print(
             f"  {'':26} {'p20':>9} {'p50':>9} {'p80':>9} ms {'speed':>7} {'GB/s':>7} {'TFLOP/s':>8} {'roof':>5} {'peak MB':>8}"
         )
-        for row in run(case, header["roofs"], rounds):
-            rows.append(row)
+        done = run(case, header["roofs"], rounds)
+        rows += done
+        if csv_file:
+            append_csv(csv_file, header, done)
+        for row in done:
             if row.p50_ms is None:
                 print(f"  {row.provider:26} {row.note}")
                 continue
@@ -283,7 +289,7 @@ def append_csv(file: Path, header: dict, rows: list[Row]) -> None:
         **{k: v for k, v in header.items() if k != "roofs"},
         **{f"roof_{k}": v for k, v in header["roofs"].items()},
     }
-    exists = file.exists()
+    exists = file.exists() and file.stat().st_size > 0
     with open(file, "a", newline="") as stream:
         fields = [*(f.name for f in dataclasses.fields(Row)), *known]
         writer = csv.DictWriter(stream, fields)

@@ -21,7 +21,7 @@ def bench(
     Args:
         names: files in benchmarks/ (resize, models ...); default all ops.
         json: file for machine, versions, roofs and every row.
-        csv: file to which the rows are appended, such as benchmarks/results/cpu.csv.
+        csv: file to which the rows of each case are appended as it is done, such as benchmarks/results/cpu.csv.
         rounds: interleaved rounds per case.
         device: 'cpu' or 'cuda'; default cuda where there is one.
     """
@@ -37,8 +37,6 @@ def bench(
         raise ValueError(f"names must be among {', '.join(known)}, got {', '.join(unknown)}")
     harness.with_malloc_settings()
     cases = (case for name in names for case in importlib.import_module(f"fourdperf.benchmarks.{name}").cases(device))
-    header, rows = harness.report(cases, device, rounds)
+    header, rows = harness.report(cases, device, rounds, csv)
     if json:
         harness.write_json(json, header, rows)
-    if csv:
-        harness.append_csv(csv, header, rows)
