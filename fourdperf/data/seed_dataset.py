@@ -18,7 +18,7 @@ There are no poses in it, so that the depth maps answer only what needs none:
     displacement  0 where t_src = t_tgt; where t_src = t_cam and gt_3d is known, gt_3d minus the unprojected depth
     normal        never
 
-The seed's own trainer ignores gt_3d and takes the depth of frame t_tgt at the place that (u, v) has in frame t_src, which
+The seed's own trainer ignores gt_3d and takes the depth of frame t_tgt at the place (u, v) of frame t_src, which
 is the true answer only if nothing moves; ``targets="seed"`` does the same (goldens ``a_trainer_ground_truth``).
 """
 
