@@ -24,7 +24,7 @@ WAIVED: dict[str, str] = {
 MODELS = [
     file.stem
     for file in (ROOT / "fourdperf/models").glob("*.py")
-    if file.stem not in ("__init__", "layers", "checkpoint")
+    if file.stem not in ("__init__", "checkpoint", "config", "layers")
 ]
 
 

@@ -4,6 +4,8 @@ Tokens are `(B, N, D)`; attention inputs are `(B, N, H, d)`: heads after tokens,
 LayerNorm's epsilon is 1e-6 and GELU is the tanh form: the Flax defaults that the reference models were trained with.
 """
 
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,6 +31,26 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
 
+class PatchEmbedding(nn.Module):
+    """One linear map of each patch: video `(B, T, H, W, C)` -> tokens `(B, t h w, D)`.
+
+    What does not fill a patch is dropped. With `ids_keep` `(B, K)` only those patches are embedded, in that order.
+    """
+
+    def __init__(self, patch_size: Sequence[int], channels: int, features: int):
+        super().__init__()
+        self.patch_size = tuple(patch_size)
+        self.projection = nn.Linear(math.prod(self.patch_size) * channels, features)
+
+    def forward(self, video: Tensor, ids_keep: Tensor | None = None) -> Tensor:
+        for dim, patch in enumerate(self.patch_size, start=1):
+            video = video.narrow(dim, 0, video.shape[dim] // patch * patch)
+        for dim, patch in zip((1, 3, 5), self.patch_size):
+            video = video.unflatten(dim, (-1, patch))
+        patches = video.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4).flatten(1, 3)
+        return self.projection(patches if ids_keep is None else take(patches, ids_keep))
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention, `(B, N, D)` -> `(B, N, D)`, with one fused projection to queries, keys and values."""
 
@@ -41,9 +63,10 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(features, sum(self.sizes))
         self.out = nn.Linear(v_features, features)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor] = attention) -> Tensor:
+        """`attend` says who attends to whom: query, key and value `(B, N, H, d)` -> heads `(B, N, H, d)`."""
         heads = (x.unflatten(-1, (self.num_heads, -1)) for x in self.qkv(tokens).split(self.sizes, dim=-1))
-        return self.out(attention(*heads).flatten(-2))
+        return self.out(attend(*heads).flatten(-2))
 
 
 class MLP(nn.Module):
@@ -69,12 +92,15 @@ class PreNormBlock(nn.Module):
         mlp_size: int,
         qk_features: int | None = None,
         v_features: int | None = None,
+        *,
+        eps: float = LAYER_NORM_EPS,
+        approximate: str = "tanh",
     ):
         super().__init__()
-        self.attention_norm = nn.LayerNorm(features, eps=LAYER_NORM_EPS)
+        self.attention_norm = nn.LayerNorm(features, eps=eps)
         self.attention = SelfAttention(features, num_heads, qk_features, v_features)
-        self.mlp_norm = nn.LayerNorm(features, eps=LAYER_NORM_EPS)
-        self.mlp = MLP(features, mlp_size)
+        self.mlp_norm = nn.LayerNorm(features, eps=eps)
+        self.mlp = MLP(features, mlp_size, approximate)
 
     def forward(self, tokens: Tensor) -> Tensor:
         tokens = tokens + self.attention(self.attention_norm(tokens))
@@ -179,8 +205,7 @@ class CrossDecoder(nn.Module):
         return Memory(keys, values, key_padding_mask)
 
     def forward(self, queries: Tensor, memory: Memory, taps: dict[str, Tensor] | None = None) -> Tensor:
-        per_query = queries.shape[0] * self.floats_per_query * queries.element_size()
-        chunk = max(64, self.memory_budget // max(1, per_query) // 64 * 64)
+        chunk = self.chunk_size(queries.shape[0], queries.element_size())
         parts = [self._chunk(part, memory) for part in queries.split(chunk, dim=1)]
         if taps is not None:
             for layer, states in enumerate(zip(*parts)):
@@ -188,9 +213,33 @@ class CrossDecoder(nn.Module):
                 taps[name] = torch.cat(states, dim=1)
         return torch.cat([states[-1] for states in parts], dim=1) if len(parts) > 1 else parts[0][-1]
 
+    def chunk_size(self, batch: int, element_size: int) -> int:
+        """How many queries of each clip fit the budget: a multiple of 64, at least 64."""
+        per_query = batch * self.floats_per_query * element_size
+        return max(64, self.memory_budget // max(1, per_query) // 64 * 64)
+
     def _chunk(self, tokens: Tensor, memory: Memory) -> list[Tensor]:
         states = []
         for block, keys, values in zip(self.blocks, memory.keys, memory.values):
             tokens = block(tokens, keys, values, memory.key_padding_mask)
             states.append(tokens)
         return [*states, self.norm(tokens)]
+
+
+def take(x: Tensor, ids: Tensor) -> Tensor:
+    """x `(B, N, D)`, ids `(B, K)` -> `(B, K, D)`."""
+    return x.gather(1, ids.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def tap(taps: dict[str, Tensor] | None, name: str, value: Tensor) -> None:
+    if taps is not None:
+        taps[name] = value
+
+
+def like(x: Tensor, parameter: Tensor, name: str) -> Tensor:
+    """A floating tensor in the dtype of `parameter`; raises ValueError where it is not one, or elsewhere."""
+    if not x.is_floating_point():
+        raise ValueError(f"{name}: expected a floating point dtype, got {x.dtype}; 8-bit frames: pass x.float() / 255")
+    if x.device != parameter.device:
+        raise ValueError(f"{name}: expected it on {parameter.device} like the parameters, got {x.device}")
+    return x.to(parameter.dtype)

@@ -13,7 +13,6 @@
 Source: "Scaling 4D Representations" (arXiv 2412.15212), google-deepmind/representations4d.
 """
 
-import dataclasses
 import math
 import os
 import re
@@ -25,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from fourdperf.models.checkpoint import CheckpointError, load_weights, read_config, save_model
-from fourdperf.models.layers import LAYER_NORM_EPS, MLP, PreNormBlock, attention
+from fourdperf.models.config import check_int, from_fields, int_tuple, set_field, to_fields
+from fourdperf.models.layers import LAYER_NORM_EPS, MLP, PatchEmbedding, PreNormBlock, attention, like, tap
 from fourdperf.ops import resize
 
 MODEL = "scaling4d"
@@ -100,9 +100,9 @@ class ReadoutConfig:
 
     def __post_init__(self):
         for name in ("num_classes", "num_params", "num_heads", "num_frames", "num_queries", "num_test_clips"):
-            _check_int(f"readout.{name}", getattr(self, name))
+            check_int(f"readout.{name}", getattr(self, name))
         if self.query_features is not None:
-            _check_int("readout.query_features", self.query_features)
+            check_int("readout.query_features", self.query_features)
         if self.num_params % self.num_heads:
             raise ValueError(
                 f"readout.num_params: expected a multiple of num_heads {self.num_heads}, got {self.num_params}"
@@ -114,8 +114,10 @@ class ReadoutConfig:
         if (self.output_shape is None) != (self.decoding_patch_size is None):
             raise ValueError("readout.output_shape and readout.decoding_patch_size: give both or neither")
         if self.output_shape is not None:
-            _set(self, "output_shape", _int_tuple("readout.output_shape", self.output_shape, 3, 4))
-            _set(self, "decoding_patch_size", _int_tuple("readout.decoding_patch_size", self.decoding_patch_size, 3))
+            set_field(self, "output_shape", int_tuple("readout.output_shape", self.output_shape, 3, 4))
+            set_field(
+                self, "decoding_patch_size", int_tuple("readout.decoding_patch_size", self.decoding_patch_size, 3)
+            )
             self._check_patches()
 
     def _check_patches(self) -> None:
@@ -152,8 +154,8 @@ class ReadoutConfig:
         **options,
     ) -> "ReadoutConfig":
         """A readout with one value per pixel and channel; the defaults are those of the released depth model."""
-        output_shape = _int_tuple("output_shape", output_shape, 3, 4)
-        patch = _int_tuple("decoding_patch_size", decoding_patch_size, 3)
+        output_shape = int_tuple("output_shape", output_shape, 3, 4)
+        patch = int_tuple("decoding_patch_size", decoding_patch_size, 3)
         return cls(
             **{
                 "num_classes": math.prod(patch) * (output_shape[3] if len(output_shape) == 4 else 1),
@@ -195,24 +197,24 @@ class Config:
     readout: ReadoutConfig | None = None
 
     def __post_init__(self):
-        _check_int("hidden_size", self.hidden_size)
-        _set(self, "mlp_size", 4 * self.hidden_size if self.mlp_size is None else self.mlp_size)
-        _set(self, "qk_features", self.hidden_size if self.qk_features is None else self.qk_features)
-        _set(self, "v_features", self.qk_features if self.v_features is None else self.v_features)
+        check_int("hidden_size", self.hidden_size)
+        set_field(self, "mlp_size", 4 * self.hidden_size if self.mlp_size is None else self.mlp_size)
+        set_field(self, "qk_features", self.hidden_size if self.qk_features is None else self.qk_features)
+        set_field(self, "v_features", self.qk_features if self.v_features is None else self.v_features)
         for name in ("num_layers", "num_heads", "mlp_size", "channels", "n_iter", "qk_features", "v_features"):
-            _check_int(name, getattr(self, name))
+            check_int(name, getattr(self, name))
         for name in ("qk_features", "v_features"):
             size = getattr(self, name)
             if size % self.num_heads:
                 raise ValueError(f"{name}: expected a multiple of num_heads {self.num_heads}, got {size}")
-        _set(self, "patch_size", _int_tuple("patch_size", self.patch_size, 3))
-        _set(self, "video_size", _int_tuple("video_size", self.video_size, 3))
+        set_field(self, "patch_size", int_tuple("patch_size", self.patch_size, 3))
+        set_field(self, "video_size", int_tuple("video_size", self.video_size, 3))
         if 0 in self.grid:
             raise ValueError(f"video_size: expected at least one patch of {self.patch_size}, got {self.video_size}")
         if self.block not in BLOCKS:
             raise ValueError(f"block: expected one of {', '.join(BLOCKS)}, got {self.block!r}")
         if isinstance(self.readout, Mapping):
-            _set(self, "readout", _from_fields(ReadoutConfig, self.readout, "readout."))
+            set_field(self, "readout", from_fields(ReadoutConfig, self.readout, "readout."))
         if self.readout is not None and not isinstance(self.readout, ReadoutConfig):
             raise ValueError(f"readout: expected a ReadoutConfig or None, got {type(self.readout).__name__}")
         if self.readout is not None and self.n_iter > 1 and self.feature_index != 0:
@@ -236,15 +238,11 @@ class Config:
     @classmethod
     def from_dict(cls, fields: Mapping) -> "Config":
         """The inverse of `to_dict`; raises ValueError for missing and unknown fields."""
-        return _from_fields(cls, fields)
+        return from_fields(cls, fields)
 
     def to_dict(self) -> dict:
         """Plain numbers, strings, lists and dictionaries, fit for JSON."""
-
-        def plain(items):
-            return {name: list(value) if isinstance(value, tuple) else value for name, value in items}
-
-        return dataclasses.asdict(self, dict_factory=plain)
+        return to_fields(self)
 
     @property
     def variant(self) -> str | None:
@@ -269,26 +267,6 @@ class Config:
         """
         length = self.num_layers + 1
         return (int(length * self.readout.depth) - 1) % length
-
-
-class PatchEmbedding(nn.Module):
-    """One linear map of each patch: video `(B, T, H, W, C)` -> tokens `(B, t h w, D)`.
-
-    What does not fill a patch is dropped. With `ids_keep` `(B, K)` only those patches are embedded, in that order.
-    """
-
-    def __init__(self, patch_size: Sequence[int], channels: int, features: int):
-        super().__init__()
-        self.patch_size = tuple(patch_size)
-        self.projection = nn.Linear(math.prod(self.patch_size) * channels, features)
-
-    def forward(self, video: Tensor, ids_keep: Tensor | None = None) -> Tensor:
-        for dim, patch in enumerate(self.patch_size, start=1):
-            video = video.narrow(dim, 0, video.shape[dim] // patch * patch)
-        for dim, patch in zip((1, 3, 5), self.patch_size):
-            video = video.unflatten(dim, (-1, patch))
-        patches = video.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4).flatten(1, 3)
-        return self.projection(patches if ids_keep is None else _take(patches, ids_keep))
 
 
 class Tokenizer(nn.Module):
@@ -366,7 +344,7 @@ class GeneralizedTransformer(nn.Module):
         for position in range(1, last + 1):
             if position > 1:
                 state = self.layers[position - 2](state)
-                _tap(taps, f"encoder/{position - 2:02d}", state)
+                tap(taps, f"encoder/{position - 2:02d}", state)
             if position in positions:
                 states[position] = state
         return states
@@ -389,7 +367,7 @@ class Encoder(nn.Module):
         interpolate: bool | str = False,
     ) -> dict[int, Tensor]:
         tokens = self.tokenizer(video, ids_keep, interpolate)
-        _tap(taps, "tokens", tokens)
+        tap(taps, "tokens", tokens)
         return self.processor(tokens, positions, taps)
 
 
@@ -446,13 +424,13 @@ class AttentionReadout(nn.Module):
             raise ValueError(f"queries: this readout needs queries {wanted}, got none")
         if queries.ndim != 3 or (queries.shape[0], queries.shape[2]) != (features.shape[0], self.config.query_features):
             raise ValueError(f"queries: expected {wanted}, got {tuple(queries.shape)}")
-        return self.query_projection(_like(queries, self.query_projection.weight, "queries"))
+        return self.query_projection(like(queries, self.query_projection.weight, "queries"))
 
     def embed_features(self, features: Tensor) -> Tensor:
         """Normalised features with their time embedding, `(B, T N, C)`."""
         if features.ndim != 4 or features.shape[3] != self.key_value.in_features:
             raise ValueError(f"features: expected (B, T, N, {self.key_value.in_features}), got {tuple(features.shape)}")
-        features = _like(features, self.key_value.weight, "features")
+        features = like(features, self.key_value.weight, "features")
         if self.norm is not None:
             features = self.norm(features)
         if self.temporal_posenc is not None:
@@ -542,9 +520,9 @@ class Scaling4D(nn.Module):
             return self.encode(video, layers=(-1,), taps=taps, interpolate=interpolate)[0]
         (features,) = self.encode(video, layers=(self.config.feature_index,), taps=taps, interpolate=interpolate)
         features = self.encoder_to_readout(features, video.shape[1] // self.config.patch_size[0])
-        _tap(taps, "readout/features", features)
+        tap(taps, "readout/features", features)
         prediction = self.readout(features, queries)
-        _tap(taps, "readout/prediction", prediction)
+        tap(taps, "readout/prediction", prediction)
         return prediction
 
     def encode(
@@ -599,7 +577,7 @@ class Scaling4D(nn.Module):
         if video.ndim != 5 or video.shape[-1] != self.config.channels:
             hint = ": the batch axis is missing" if video.ndim == 4 and video.shape[-1] == self.config.channels else ""
             raise ValueError(f"video: expected {wanted}, got {tuple(video.shape)}{hint}")
-        return _like(video, self.encoder.tokenizer.posenc, "video")
+        return like(video, self.encoder.tokenizer.posenc, "video")
 
     def _check_ids(self, ids_keep: Tensor, video: Tensor) -> None:
         if ids_keep.dtype != torch.int64 or ids_keep.ndim != 2 or ids_keep.shape[0] != video.shape[0]:
@@ -664,8 +642,8 @@ def random_masking(
 
     The generator must live on `device` (by default the generator's own, or the CPU).
     """
-    _check_int("batch_size", batch_size)
-    _check_int("num_tokens", num_tokens)
+    check_int("batch_size", batch_size)
+    check_int("num_tokens", num_tokens)
     if not 0 <= ratio < 1:
         raise ValueError(f"ratio: expected a number in [0, 1), got {ratio!r}")
     if device is None and generator is not None:
@@ -676,55 +654,7 @@ def random_masking(
     return Masking(order[:, :kept], ids_restore, ids_restore >= kept)
 
 
-def _take(x: Tensor, ids: Tensor) -> Tensor:
-    """x `(B, N, D)`, ids `(B, K)` -> `(B, K, D)`."""
-    return x.gather(1, ids.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-
-
-def _tap(taps: dict[str, Tensor] | None, name: str, value: Tensor) -> None:
-    if taps is not None:
-        taps[name] = value
-
-
-def _like(x: Tensor, parameter: Tensor, name: str) -> Tensor:
-    """A floating tensor in the dtype of `parameter`; raises ValueError where it is not one, or elsewhere."""
-    if not x.is_floating_point():
-        raise ValueError(f"{name}: expected a floating point dtype, got {x.dtype}; 8-bit frames: pass x.float() / 255")
-    if x.device != parameter.device:
-        raise ValueError(f"{name}: expected it on {parameter.device} like the parameters, got {x.device}")
-    return x.to(parameter.dtype)
-
-
 def _lecun_normal_(weight: Tensor) -> None:
     """A normal cut at two standard deviations, with variance 1 / fan_in after the cut."""
     std = math.sqrt(1 / weight.shape[1]) / 0.87962566103423978
     nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
-
-
-def _check_int(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}: expected a positive integer, got {value!r}")
-
-
-def _int_tuple(name: str, values: object, *lengths: int) -> tuple[int, ...]:
-    if not isinstance(values, Sequence) or isinstance(values, str) or len(values) not in lengths:
-        raise ValueError(f"{name}: expected {' or '.join(map(str, lengths))} positive integers, got {values!r}")
-    for value in values:
-        _check_int(name, value)
-    return tuple(values)
-
-
-def _set(config: object, name: str, value: object) -> None:
-    """Assign to a field of a frozen dataclass while it is being made."""
-    object.__setattr__(config, name, value)
-
-
-def _from_fields(cls: type, fields: Mapping, prefix: str = ""):
-    known = {field.name: field for field in dataclasses.fields(cls)}
-    for name in fields:
-        if name not in known:
-            raise ValueError(f"{prefix}{name}: no such option; expected {', '.join(known)}")
-    for name, field in known.items():
-        if field.default is dataclasses.MISSING and name not in fields:
-            raise ValueError(f"{prefix}{name}: missing")
-    return cls(**fields)
