@@ -74,11 +74,13 @@ def write_checkpoint(
         raise
 
 
-def save_model(model: nn.Module, path: str | os.PathLike, name: str, config: dict) -> None:
-    """Write a model's parameters and config to the directory `path`."""
+def save_model(
+    model: nn.Module, path: str | os.PathLike, name: str, config: dict, dtype: torch.dtype | None = None
+) -> None:
+    """Write a model's parameters (in `dtype`, by default as they are) and config to the directory `path`."""
     state = model.state_dict()
-    entries = [Entry(key, tensor.dtype, tuple(tensor.shape)) for key, tensor in state.items()]
-    write_checkpoint(path, name, config, entries, state.values())
+    entries = [Entry(key, dtype or tensor.dtype, tuple(tensor.shape)) for key, tensor in state.items()]
+    write_checkpoint(path, name, config, entries, (tensor.to(dtype or tensor.dtype) for tensor in state.values()))
 
 
 def read_config(path: str | os.PathLike, model: str) -> dict:

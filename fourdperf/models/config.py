@@ -1,4 +1,4 @@
-"""Configs of models: frozen dataclasses of plain values, checked where they are made, stored as JSON with the weights."""
+"""Configs of models: frozen dataclasses of plain values, checked when made, stored as JSON with the weights."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
