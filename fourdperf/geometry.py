@@ -1,9 +1,12 @@
 """Cameras and rigid motions, batched: projection, similarity transforms and their best fit, intrinsics from points.
 
 Conventions are those of :mod:`fourdperf.data.queries`: OpenCV cameras, depth is z, normalised intrinsics, and matrices
-named target_from_source. Leading axes are free everywhere and broadcast. Points are `(..., N, 3)`.
+named target_from_source. Leading axes are free everywhere and broadcast. Points are `(..., N, 3)`. Autocast changes
+nothing here: positions do not survive bfloat16.
 """
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -30,6 +33,16 @@ SWEEPS = 5  # four reach fp64 rounding on random matrices
 DISTORTION_STEPS = 20
 
 
+def _full_precision(function: Callable) -> Callable:
+    @functools.wraps(function)
+    def wrapped(first, *args, **kwargs):
+        device = (first if isinstance(first, Tensor) else first.rotation).device.type
+        with torch.autocast(device, enabled=False):
+            return function(first, *args, **kwargs)
+
+    return wrapped
+
+
 # Cameras
 
 
@@ -41,8 +54,8 @@ def project(points: Tensor, intrinsics: Tensor, distortion: Tensor | None = None
         intrinsics: `(..., 3, 3)`; skew is ignored. In pixels in place of normalised, uv are pixels too.
         distortion: `(..., 2)`, as in :func:`distort`.
 
-    A point with z <= 0 is not seen. Its depth says so; its uv is that of a point with z = 1e-6, finite, with finite
-    gradients, and means nothing.
+    A point with z < 1e-6 is not seen: its depth says so, and its uv, taken with z = 1e-6, means nothing but is finite,
+    with finite gradients.
     """
     depth = points[..., 2]
     xy = points[..., :2] / depth.clamp_min(NEAR)[..., None]
@@ -114,7 +127,7 @@ def fit_distortion(
 def _weighted_step(jacobian: Tensor, residual: Tensor, weights: Tensor) -> Tensor:
     distance = residual.square().sum(-1).sqrt()
     typical = torch.where(weights > 0, distance, torch.nan).nanmedian(dim=-1, keepdim=True).values
-    spread = (3 * typical).clamp_min(1e-4)  # below 1e-4 of a frame there is nothing to tell apart
+    spread = (3 * typical.nan_to_num()).clamp_min(1e-4)  # below 1e-4 of a frame there is nothing to tell apart
     weights = weights / (1 + (distance / spread).square())
     normal = torch.einsum("...n,...nci,...ncj->...ij", weights, jacobian, jacobian)
     right = torch.einsum("...n,...nci,...nc->...i", weights, jacobian, residual)
@@ -147,17 +160,20 @@ def rigid(rotation: Tensor, translation: Tensor) -> Tensor:
     return torch.cat([top, bottom], dim=-2)
 
 
+@_full_precision
 def transform(matrix: Tensor, points: Tensor) -> Tensor:
     """Points `(..., N, 3)` moved by an affine matrix `(..., 4, 4)`."""
     return points @ matrix[..., :3, :3].mT + matrix[..., None, :3, 3]
 
 
+@_full_precision
 def invert_rigid(pose: Tensor) -> Tensor:
     """The inverse of rigid motions `(..., 4, 4)`, by transposition."""
     rotation = pose[..., :3, :3].mT
     return rigid(rotation, -(rotation @ pose[..., :3, 3:])[..., 0])
 
 
+@_full_precision
 def relative_pose(world_from_a: Tensor, world_from_b: Tensor) -> Tensor:
     """a_from_b `(..., 4, 4)`, from the poses of both in the same world."""
     return invert_rigid(world_from_a) @ world_from_b
@@ -171,7 +187,7 @@ def rotation_angle(rotation: Tensor) -> Tensor:
 
 
 class Sim3(NamedTuple):
-    """Similarities x -> scale * rotation x + translation: scale `(...)`, rotation `(..., 3, 3)`, translation `(..., 3)`.
+    """Similarities x -> scale rotation x + translation: scale `(...)`, rotation `(..., 3, 3)`, translation `(..., 3)`.
 
     `a_from_c = a_from_b @ b_from_c` composes.
     """
@@ -184,11 +200,13 @@ class Sim3(NamedTuple):
         """Points `(..., N, 3)`, moved."""
         return transform(self.matrix(), points)
 
+    @_full_precision
     def __matmul__(self, other: "Sim3") -> "Sim3":
         moved = (self.rotation @ other.translation[..., None])[..., 0]
         translation = self.scale[..., None] * moved + self.translation
         return Sim3(self.scale * other.scale, self.rotation @ other.rotation, translation)
 
+    @_full_precision
     def inverse(self) -> "Sim3":
         scale, rotation = 1 / self.scale, self.rotation.mT
         return Sim3(scale, rotation, -scale[..., None] * (rotation @ self.translation[..., None])[..., 0])
@@ -197,6 +215,7 @@ class Sim3(NamedTuple):
         """`(..., 4, 4)`"""
         return rigid(self.scale[..., None, None] * self.rotation, self.translation)
 
+    @_full_precision
     def pose(self, pose: Tensor) -> Tensor:
         """The pose `(..., 4, 4)` of a camera after its world was moved: its centre moves with the points, its axes
         turn, and it stays a rigid motion."""
@@ -207,6 +226,7 @@ class Sim3(NamedTuple):
 # Best fit
 
 
+@_full_precision
 def umeyama(source: Tensor, target: Tensor, weights: Tensor | None = None, with_scale: bool = True) -> Sim3:
     """The similarity (or, without scale, the rigid motion) that brings ``source`` closest to ``target``: it minimises
     sum w |target - (s R source + t)|^2 over rotations R, never a reflection, t and s.
@@ -251,6 +271,7 @@ def umeyama(source: Tensor, target: Tensor, weights: Tensor | None = None, with_
     return Sim3(scale, rotation, target_mean - scale[..., None] * moved)
 
 
+@_full_precision
 def nearest_rotation(matrix: Tensor) -> Tensor:
     """The rotations R `(..., 3, 3)` that maximise trace(R^T M), M = ``matrix`` `(..., 3, 3)`: the orthogonal factor of
     M where its determinant is positive, and the best rotation, with the smallest singular value's direction turned
@@ -328,11 +349,16 @@ def _jacobi_rotation(matrix: Tensor) -> Tensor:
     reflected = (ua * vb).sum(0) / (1 + (ua * va).sum(0)).clamp_min(info.eps)
     is_noise = torch.linalg.vector_norm(b, dim=0) <= 4 * info.eps * length
     ub = torch.where(is_noise, vb - reflected * (ua + va), b)
-    ub = ub - (ua * ub).sum(0) * ua
-    ub = ub / torch.linalg.vector_norm(ub, dim=0)
-    uc, vc = torch.linalg.cross(ua, ub, dim=0), torch.linalg.cross(va, vb, dim=0)
-    rotation = ua[:, None] * va + ub[:, None] * vb + uc[:, None] * vc
-    return rotation.reshape(9, -1).T.reshape(matrix.shape)
+    left, right = _right_handed(ua, ub), _right_handed(va, vb)
+    return (left[:, :, None] * right[:, None]).sum(0).reshape(9, -1).T.reshape(matrix.shape)
+
+
+def _right_handed(a: Tensor, b: Tensor) -> Tensor:
+    """The orthonormal triad of a, b `(3, K)` by Gram-Schmidt: `(3, 3, K)`."""
+    a = a / torch.linalg.vector_norm(a, dim=0)
+    b = b - (a * b).sum(0) * a
+    b = b / torch.linalg.vector_norm(b, dim=0)
+    return torch.stack([a, b, torch.linalg.cross(a, b, dim=0)])
 
 
 def _rotate(x: Tensor, y: Tensor, tiny: float) -> tuple[Tensor, Tensor]:
