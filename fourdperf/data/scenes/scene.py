@@ -109,51 +109,55 @@ class Scene:
         frames = torch.arange(self.num_frames, device=self.device)
         y, x = torch.meshgrid(*(torch.arange(n, device=self.device) for n in self.size), indexing="ij")
         uv = torch.stack([(x + 0.5) / width, (y + 0.5) / height], -1).view(1, -1, 2)
-        hits = world.hits(frames, world.directions(frames, uv.expand(self.num_frames, -1, -1)))
-        normal = world.normal_to_world(hits.frame, hits.body, hits.normal)
-        colour = self._colour(hits, normal)
+        hits = world.hits(frames, world.directions(frames, uv))
+        normal = world.normal_to_world(frames, hits.body, hits.normal)
+        colour = self._colour(frames, hits, normal)
         self._smooth_edges(colour, hits, uv[0])
         shape = (self.num_frames, height, width)
         return Rendering(
             video=colour.view(*shape, 3),
             depth=hits.distance.view(shape),
-            normal=world.turn_to_camera(hits.frame, normal).view(*shape, 3),
+            normal=world.turn_to_camera(frames, normal).view(*shape, 3),
             instance=hits.body.view(shape),
-            flow=self._flow(hits, uv[0]).view(-1, height, width, 2),
+            flow=self._flow(hits, uv).view(-1, height, width, 2),
         )
 
-    def _colour(self, hits: Hits, normal: Tensor) -> Tensor:
-        """Lambert shading of the texture, wrapped around so that no side is black: (P, 3)."""
-        focal = self._world.intrinsics[hits.frame, 0, 0] * math.sqrt(self.aspect_ratio)
-        pixel = hits.distance / (focal * math.sqrt(self.size[0] * self.size[1]))
-        colour = self._atlas.read(hits.texture, hits.texture_place, pixel * self._world.density[hits.body] * TEXELS)
+    def _colour(self, frames: Tensor, hits: Hits, normal: Tensor) -> Tensor:
+        """Lambert shading of the texture, wrapped around so that no side is black: (G, R, 3)."""
+        focal = self.intrinsics[frames, None, 0, 0] * math.sqrt(self.aspect_ratio * self.size[0] * self.size[1])
+        texels = hits.distance / focal * self._world.density[hits.body] * TEXELS
+        colour = self._atlas.read(hits.texture.flatten(), hits.drawn.flatten(0, 1), texels.flatten())
         shade = AMBIENT + (1 - AMBIENT) * (0.5 + 0.5 * (normal @ self._light))
-        return colour * shade[:, None]
+        return colour.view(normal.shape) * shade[..., None]
 
     def _smooth_edges(self, colour: Tensor, hits: Hits, uv: Tensor) -> None:
         """Gives the pixels whose neighbour shows another surface the mean colour of four rays, in place."""
         height, width = self.size
-        surface = hits.texture.view(-1, height, width)
-        edge = torch.zeros_like(surface, dtype=torch.bool)
-        down, right = surface[:, 1:] != surface[:, :-1], surface[:, :, 1:] != surface[:, :, :-1]
+        texture = hits.texture.view(-1, height, width)
+        edge = torch.zeros_like(texture, dtype=torch.bool)
+        down, right = texture[:, 1:] != texture[:, :-1], texture[:, :, 1:] != texture[:, :, :-1]
         edge[:, 1:] |= down
         edge[:, :-1] |= down
         edge[:, :, 1:] |= right
         edge[:, :, :-1] |= right
-        index = edge.flatten().nonzero()[:, 0]
+        frame, pixel = edge.flatten(1).nonzero(as_tuple=True)
+        # Frames have different numbers of such pixels: `slot` counts them in each, and the spare slots do pixel 0.
+        counts = edge.sum((1, 2))
+        slot = torch.arange(len(frame), device=frame.device) - (counts.cumsum(0) - counts)[frame]
+        pixels = pixel.new_zeros(self.num_frames, int(counts.max()))
+        pixels[frame, slot] = pixel
         quarter = torch.tensor([[-1, -1], [1, -1], [-1, 1], [1, 1]], device=uv.device) / 4
-        places = uv[index % len(uv), None] + quarter / torch.tensor([width, height], device=uv.device)
-        frames = index // len(uv)
-        fine = self._world.hits(frames, self._world.directions(frames, places))
-        normal = self._world.normal_to_world(fine.frame, fine.body, fine.normal)
-        colour[index] = self._colour(fine, normal).view(-1, 4, 3).mean(1)
+        places = uv[pixels, None] + quarter / torch.tensor([width, height], device=uv.device)
+        frames = torch.arange(self.num_frames, device=frame.device)
+        fine = self._world.hits(frames, self._world.directions(frames, places.flatten(1, 2)))
+        normal = self._world.normal_to_world(frames, fine.body, fine.normal)
+        colour[frame, pixel] = self._colour(frames, fine, normal).unflatten(1, (-1, 4)).mean(2)[frame, slot]
 
     def _flow(self, hits: Hits, uv: Tensor) -> Tensor:
-        world, count = self._world, (self.num_frames - 1) * len(uv)
-        frame, body = hits.frame[:count] + 1, hits.body[:count]
-        place = world.place_at(frame, body, hits.place[:count])
-        later = world.to_camera(frame, world.to_world(frame, body, place))
-        return world.project(frame, later, NEAR).view(-1, len(uv), 2) - uv
+        world, frames = self._world, torch.arange(1, self.num_frames, device=self.device)
+        body, place = hits.body[:-1], hits.place[:-1]
+        later = world.to_world(frames, body, world.place_at(frames, body, place))
+        return world.project(frames, world.to_camera(frames, later), NEAR) - uv
 
     def answer(self, queries: Queries) -> Targets:
         """The exact answers, computed in float64, given in float32.
@@ -178,13 +182,14 @@ class Scene:
             return world.to_world(frame, hits.body, world.place_at(frame, hits.body, hits.place))
 
         before, after = point_at(source), point_at(target)
-        normal = world.normal_to_world(target, hits.body, world.normal_at(target, hits.body, hits.place, hits.normal))
-        view = after - world.world_from_camera[target, :3, 3]
-        seen = world.to_camera(target, after)
-        inside = world.project(target, seen, NEAR)
-        inside = (seen[:, 2] > NEAR) & (inside >= 0).all(1) & (inside <= 1).all(1)
-        free = world.distance(target, view[..., None])[:, 0] > 1 - SHADOW
-        visible = inside & free & ((normal * view).sum(1) < 0)
+        normal = world.normal_at(target, hits.body, hits.place, hits.normal)
+        normal = world.normal_to_world(target, hits.body, normal)
+        view = after - world.world_from_camera[target, None, :3, 3]
+        there = world.turn_to_camera(target, view)
+        uv_there = world.project(target, there, NEAR)
+        inside = (there[..., 2] > NEAR) & ((uv_there >= 0) & (uv_there <= 1)).all(-1)
+        free = world.distance(target, view.mT) > 1 - SHADOW
+        visible = inside & free & ((normal * view).sum(-1) < 0)
         xyz = world.to_camera(camera, after)
         known = torch.ones(shape, dtype=torch.bool, device=self.device)
         return Targets(
@@ -194,7 +199,7 @@ class Scene:
             displacement=world.turn_to_camera(camera, after - before).float().view(*shape, 3),
             normal=world.turn_to_camera(camera, normal).float().view(*shape, 3),
             has_xyz=known,
-            has_uv=(xyz[:, 2] > NEAR).view(shape),
+            has_uv=(xyz[..., 2] > NEAR).view(shape),
             has_visibility=known,
             has_displacement=known,
             has_normal=known,

@@ -119,8 +119,8 @@ def _hit_sheet(origin: Tensor, direction: Tensor, wave: Tensor) -> Tensor:
 
 
 def wave_at(x: Tensor, wave: Tensor) -> tuple[Tensor, Tensor]:
-    """Height z and slope dz/dx of sheets with the waves (n, 3) at `x` (n,)."""
-    a, w, p = wave.unbind(1)
+    """Height z and slope dz/dx of sheets with the waves (..., 3) at `x` (...)."""
+    a, w, p = wave.unbind(-1)
     return a * torch.sin(w * x + p), a * w * torch.cos(w * x + p)
 
 

@@ -171,11 +171,10 @@ class Atlas:
     """
 
     def __init__(self, textures: Tensor):
-        count, size = textures.shape[:2]
-        sides = [(size >> level) + 2 for level in range(LEVELS)]  # one texel of border keeps textures apart
+        self.count = count = len(textures)
+        sides = [(TEXELS >> level) + 2 for level in range(LEVELS)]  # one texel of border keeps textures apart
         tops = [count * sum(sides[:level]) for level in range(LEVELS)]
-        self.tops = torch.tensor(tops, dtype=torch.float32, device=textures.device)
-        self.map = textures.new_zeros(1, count * sum(sides), size + 2, 3)
+        self.map = textures.new_zeros(1, count * sum(sides), TEXELS + 2, 3)
         for top, side in zip(tops, sides):
             level = self.map[0, top : top + count * side, :side].unflatten(0, (count, side))
             level[:, 1:-1, 1:-1] = textures
@@ -187,13 +186,14 @@ class Atlas:
     def read(self, texture: Tensor, place: Tensor, texels: Tensor) -> Tensor:
         """Colours (n, 3) of the textures `texture` (n,) int64 at `place` (n, 2), in units of a texture's width, for
         pixels that are `texels` (n,) texels wide."""
-        level = texels.clamp(min=1).log2().clamp(max=LEVELS - 1)
+        level = texels.log2().clamp(0, LEVELS - 1)
         fine = level.floor()
         place = 1 - (place - 2 * torch.floor(place / 2) - 1).abs()
         levels = torch.stack([fine, (fine + 1).clamp(max=LEVELS - 1)])  # (2, n)
         side = torch.exp2(-levels) * TEXELS
+        top = (2 * (TEXELS - side) + 2 * levels) * self.count  # of all textures at this level: the sum of a series
         x = 0.5 + place[:, 0] * side
-        y = self.tops[levels.long()] + texture * (side + 2) + 0.5 + place[:, 1] * side
+        y = top + texture * (side + 2) + 0.5 + place[:, 1] * side
         height, width = self.map.shape[1:3]
         xy = torch.stack([x / (width - 1), y / (height - 1)], -1).view(1, -1, 2)
         fine_colour, coarse_colour = bilinear_sample(self.map, xy).view(2, -1, 3)
