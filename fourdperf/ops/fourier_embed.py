@@ -141,14 +141,14 @@ def _angle_dtype(x):
 
 def octaves(n: int, *, scale: float = 2 * math.pi, first: int = 0, dtype=torch.float32, device=None) -> torch.Tensor:
     """scale 2^first, scale 2^(first + 1), ... (n,), computed in float64."""
-    return (scale * 2.0 ** torch.arange(first, first + n, dtype=torch.float64)).to(device, dtype)
+    return (scale * 2.0 ** torch.arange(first, first + n, dtype=torch.float64, device=device)).to(dtype)
 
 
 def linear_range(
     low: float, high: float, n: int, *, scale: float = 2 * math.pi, dtype=torch.float32, device=None
 ) -> torch.Tensor:
     """scale low ... scale high in n equal steps, both ends included, computed in float64."""
-    return (scale * torch.linspace(low, high, n, dtype=torch.float64)).to(device, dtype)
+    return (scale * torch.linspace(low, high, n, dtype=torch.float64, device=device)).to(dtype)
 
 
 def gaussian(

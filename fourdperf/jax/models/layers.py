@@ -1,5 +1,7 @@
 """Parts that several transformer models share word for word; parameters are named as Kauldron names them."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -24,12 +26,14 @@ class SelfAttention(nn.Module):
     v_features: int
 
     @nn.compact
-    def __call__(self, tokens: Array) -> Array:
+    def __call__(self, tokens: Array, attend: Callable[[Array, Array, Array], Array] = attention) -> Array:
+        """`attend` says who attends to whom: query, key and value `(B, N, H, d)` -> heads `(B, N, H, d)`."""
+
         def project(name, features):
             shape = (self.num_heads, features // self.num_heads)
             return nn.DenseGeneral(shape, dtype=tokens.dtype, name=name)(tokens)
 
-        heads = attention(
+        heads = attend(
             project("query", self.qk_features), project("key", self.qk_features), project("value", self.v_features)
         )
         return nn.DenseGeneral(tokens.shape[-1], axis=(-2, -1), dtype=heads.dtype, name="out")(heads)
@@ -58,12 +62,14 @@ class PreNormBlock(nn.Module):
     qk_features: int
     v_features: int
     dtype: jnp.dtype = jnp.float32
+    eps: float = 1e-6
+    approximate: bool = True
 
     def setup(self):
-        self.attention_norm = nn.LayerNorm(dtype=self.dtype)
+        self.attention_norm = nn.LayerNorm(self.eps, dtype=self.dtype)
         self.attention = SelfAttention(self.num_heads, self.qk_features, self.v_features)
-        self.mlp_norm = nn.LayerNorm(dtype=self.dtype)
-        self.mlp = MLP(self.mlp_size)
+        self.mlp_norm = nn.LayerNorm(self.eps, dtype=self.dtype)
+        self.mlp = MLP(self.mlp_size, self.approximate)
 
     def __call__(self, tokens: Array) -> Array:
         tokens = tokens + self.attention(self.attention_norm(tokens))
