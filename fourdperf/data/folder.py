@@ -21,8 +21,8 @@ coordinates that are not finite.
     "depth"        "z", or "distance" to the camera's centre
     "depth_scale"  scene units per count, for depth maps of whole numbers (0.001 for millimetres in metres)
     "normals"      "camera" or "world" coordinates
-    "intrinsics"   "normalised" (u = fx X/Z + cx), or "pixels" of the frames with the first pixel's centre at (0.5, 0.5),
-                   or "pixels_integer_centres", at (0, 0)
+    "intrinsics"   "normalised" (u = fx X/Z + cx), or "pixels" of the frames with the first pixel's centre at
+                   (0.5, 0.5), or "pixels_integer_centres", at (0, 0)
     "poses"        "world_from_camera" or "camera_from_world"
     "axes"         of the cameras: "opencv" (x right, y down, z forward) or "opengl" (y up, z backward)
     "tracks"       units of uv, as for intrinsics: "normalised", "pixels", "pixels_integer_centres"
@@ -181,14 +181,16 @@ class Folder(Source):
                 arrays.shape(key, (self.num_frames, *shape))
 
     def contents(self) -> list[str]:
-        there = {"depth": self.depths, "normals": self.normals, "poses": self.poses is not None}
-        there["intrinsics"] = self.k is not None
-        if self.world_from_body is not None:
-            bodies = self.world_from_body.shape[1]
-            there["static" if self.notes.get("static") else f"{bodies} moving bodies"] = True
-        if self.tracks_npz is not None:
-            axes = 3 if "xyz" in self.tracks_npz else 2
-            there[f"{self.tracks_npz.shapes['uv'][1]} tracks in {axes}-D"] = True
+        there = {
+            "depth": self.depths,
+            "normals": self.normals,
+            "moving bodies": self.bodies,
+            "static": self.notes.get("static"),
+            "3-D tracks": self.tracks_npz is not None and "xyz" in self.tracks_npz,
+            "2-D tracks": self.tracks_npz is not None and "xyz" not in self.tracks_npz,
+            "poses": self.poses is not None,
+            "intrinsics": self.k is not None,
+        }
         return [what for what, found in there.items() if found]
 
     def frames(self, numbers: Sequence[int]) -> list[np.ndarray]:

@@ -1,4 +1,4 @@
-"""Kubric's own files, of which the MOVi data sets are made (Greff et al., CVPR 2022; github.com/google-research/kubric).
+"""Kubric's own files, of which the MOVi data sets are made (Greff et al., CVPR 2022; google-research/kubric).
 
 A scene is a folder, as Kubric's workers write it (not the TFDS records made from many of them):
 
@@ -11,15 +11,15 @@ A scene is a folder, as Kubric's workers write it (not the TFDS records made fro
     data_ranges.json            {"forward_flow": {"min", "max"}, "depth": {...}}     (needed by what is scaled by it)
     metadata.json               metadata.num_frames, metadata.resolution (width, height)
                                 camera.focal_length, camera.sensor_width in millimetres; focal_length may be a list
-                                camera.positions (T, 3), camera.quaternions (T, 4) w first: Blender's camera in the world
+                                camera.positions (T, 3), camera.quaternions (T, 4) w first: Blender's camera
                                 instances[k].positions (T, 3), .quaternions (T, 4): world_from_body of the rigid body k
     object_coordinates_*, backward_flow_*, events.json                                               not read: no need
 
 Bodies are rigid and the background stands still, so any pixel of a depth map can be followed through time exactly:
-world_from_body(t') body_from_world(t) takes its point from time t to t'. (This is what Kubric's point tracking does with
-object coordinates and bounding boxes.) A body whose positions and quaternions are null moves in a way nobody knows; this
-is an extension for scenes that deform, as is the list of focal lengths. Blender's camera looks along -z with y up; pixels
-are square, the principal point is the middle.
+world_from_body(t') body_from_world(t) takes its point from time t to t'. (This is what Kubric's point tracking does
+with object coordinates and bounding boxes.) A body whose positions and quaternions are null moves in a way nobody
+knows; this is an extension for scenes that deform, as is the list of focal lengths. Blender's camera looks along -z
+with y up; pixels are square, the principal point is the middle.
 """
 
 import os
@@ -101,8 +101,7 @@ class Movi(Source):
         self.bodies = np.stack(poses, 1)  # (T, K + 1, 4, 4)
 
     def contents(self) -> list[str]:
-        names = {"depth": "depth", "segmentation": f"{self.bodies.shape[1] - 1} moving bodies", "normal": "normals"}
-        names["forward_flow"] = "flow"
+        names = {"depth": "depth", "normal": "normals", "forward_flow": "flow", "segmentation": "moving bodies"}
         return [name for kind, name in names.items() if self.maps[kind]] + ["poses", "intrinsics"]
 
     def frames(self, numbers: Sequence[int]) -> list[np.ndarray]:

@@ -15,9 +15,9 @@ A sequence is a folder; the splits train/, val/ and test/ hold many:
     info.npz                    the shapes of those arrays, for a quick look; not read
 
 Coordinates that are not finite are invalid, whatever `valids` says. Numbers may be float16, whose rounding moves
-rotations by up to 5e-4; they are made exactly orthogonal. The world has y up, where Blender's has z: (x, y, z) of a normal
-map is (x, z, -y) of the world (upstream's `gen_tracking*.py` folds that turn into the extrinsics only). JPEG leaves a
-normal up to about 10 % too long or short; those off by more than 30 % (edges, sky) are not known.
+rotations by up to 5e-4; they are made exactly orthogonal. The world has y up, where Blender's has z: (x, y, z) of a
+normal map is (x, z, -y) of the world (upstream's `gen_tracking*.py` folds that turn into the extrinsics only). JPEG
+mixes normals across edges; those whose length is off by more than 5 % (edges, sky) are not known.
 
 Loading is by frames: where `anno.npz` was written by ``numpy.savez``, only the frames of a clip are read.
 """
@@ -37,7 +37,7 @@ __all__ = ["MAX_DEPTH", "PointOdyssey", "WORLD_FROM_BLENDER"]
 
 MAX_DEPTH = 1000.0
 WORLD_FROM_BLENDER = np.array([[1.0, 0, 0], [0, 0, 1], [0, -1, 0]])
-NORMAL_LENGTH = (0.7, 1.3)
+LENGTH_TOLERANCE = 0.05
 ROTATION_TOLERANCE = 5e-3
 
 
@@ -53,14 +53,14 @@ class PointOdyssey(Source):
         self.files = FolderFiles(path)
         self.name = str(Path(path))
         self.anno = Npz(self.files, "anno.npz")
-        count, self.points = self.anno.shape("trajs_2d", ("T", "N", 2))[:2]
+        count, points = self.anno.shape("trajs_2d", ("T", "N", 2))[:2]
         for key in ("visibs", "valids"):
-            self.anno.shape(key, (count, self.points))
+            self.anno.shape(key, (count, points))
         self.anno.shape("intrinsics", (count, 3, 3))
         self.anno.shape("extrinsics", (count, 4, 4))
         self.has_xyz = 0 not in self.anno.shapes.get("trajs_3d", (0,)) and self.anno.shapes["trajs_3d"] != ()
         if self.has_xyz:
-            self.anno.shape("trajs_3d", (count, self.points, 3))
+            self.anno.shape("trajs_3d", (count, points, 3))
         self.num_frames = count
         self.rgbs = numbered(self.files, "rgbs", count, "rgb_{:05d}.jpg")
         if not self.rgbs:
@@ -70,8 +70,8 @@ class PointOdyssey(Source):
         self.size = self.frames([0])[0].shape[:2] if count else (0, 0)
 
     def contents(self) -> list[str]:
-        points = f"{self.points} tracks in {3 if self.has_xyz else 2}-D"
-        return [points, *["depth"] * bool(self.depths), *["normals"] * bool(self.normals), "poses", "intrinsics"]
+        there = {"depth": self.depths, "normals": self.normals, f"{3 if self.has_xyz else 2}-D tracks": True}
+        return [what for what, found in there.items() if found] + ["poses", "intrinsics"]
 
     def frames(self, numbers: Sequence[int]) -> list[np.ndarray]:
         return [self._image(self.rgbs[number], cv2.IMREAD_COLOR_RGB) for number in numbers]
@@ -82,9 +82,7 @@ class PointOdyssey(Source):
         name = self.depths[number]
         stored = self._image(name, cv2.IMREAD_UNCHANGED)
         if stored.dtype != np.uint16 or stored.ndim != 2:
-            raise ValueError(
-                f"{self.files.label(name)}: wanted one 16-bit channel, got {stored.dtype} {stored.shape}"
-            )
+            raise ValueError(f"{self.files.label(name)}: wanted one 16-bit channel, got {stored.dtype} {stored.shape}")
         known = (stored > 0) & (stored < 65535)
         return np.where(known, stored / np.float32(65535) * np.float32(MAX_DEPTH), np.float32(np.nan))
 
@@ -96,7 +94,7 @@ class PointOdyssey(Source):
         turn = (camera_from_world @ WORLD_FROM_BLENDER).astype(np.float32)
         normal = (stored * np.float32(2 / 255) - 1) @ turn.T
         length = np.linalg.norm(normal, axis=-1, keepdims=True)
-        known = (length > NORMAL_LENGTH[0]) & (length < NORMAL_LENGTH[1])
+        known = np.abs(length - 1) < LENGTH_TOLERANCE
         return np.where(known, normal / np.where(known, length, 1), np.float32(np.nan))
 
     def intrinsics(self, numbers: Sequence[int]) -> np.ndarray:

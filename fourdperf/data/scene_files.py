@@ -194,7 +194,7 @@ class Npz:
             return np.lib.format.read_array(stream, allow_pickle=False)
 
     def rows(self, key: str, rows: Sequence[int]) -> np.ndarray:
-        """Rows of the array by number, in memory: (len(rows), ...)."""
+        """Rows of the array, in memory: (len(rows), ...); their numbers ascend."""
         if key in self._fortran:
             return self.all(key)[np.asarray(rows, int)]
         shape, dtype = self.shapes[key], self.dtypes[key]
@@ -213,15 +213,11 @@ class Npz:
         out = np.empty((len(rows), *shape[1:]), dtype)
         length = out[:1].nbytes if len(rows) else 0
         at = 0
-        for place in np.argsort(rows, kind="stable"):
-            row = rows[place]
-            if row < at:  # a row asked for twice
-                out[place] = out[previous]
-                continue
+        for place, row in enumerate(rows):
             for _ in range(row - at):
                 self._exactly(stream, length)
             out[place] = np.frombuffer(self._exactly(stream, length), dtype).reshape(shape[1:])
-            at, previous = row + 1, place
+            at = row + 1
         return out
 
     def _exactly(self, stream, length: int) -> bytes:

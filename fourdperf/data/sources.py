@@ -79,7 +79,7 @@ class Source(ABC):
 
     @abstractmethod
     def contents(self) -> list[str]:
-        """What there is, in words: "depth", "normals", "1024 tracks in 3-D" ..."""
+        """What there is, in words: "depth", "normals", "3-D tracks" ..."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,7 @@ def load_window(source: Source, numbers: Sequence[int]) -> Window:
     for what, found in maps.items():
         if found is not None and found.shape[1:3] != depth.shape[1:3]:
             raise ValueError(f"{source.name}: {what}: wanted {depth.shape[1:3]} as depth, got {found.shape[1:3]}")
+    tracks = source.tracks(numbers)
     return Window(
         source.name,
         source.frames(numbers),
@@ -124,7 +125,7 @@ def load_window(source: Source, numbers: Sequence[int]) -> Window:
         source.motion(numbers),
         source.intrinsics(numbers),
         source.world_from_camera(numbers),
-        source.tracks(numbers),
+        tracks if tracks is not None and tracks.visible.size else None,
     )
 
 
