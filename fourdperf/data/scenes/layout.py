@@ -20,8 +20,10 @@ SOLIDS = ("box", "sphere", "cylinder")
 
 @dataclass(frozen=True)
 class Body:
-    """A shape of `shapes.KINDS` with half extents `size` (3,), and its motion: it drifts, turns, and may breathe or wave.
+    """A shape and its motion: it drifts, turns, and may breathe or wave.
 
+    kind     one of `shapes.KINDS`
+    size     half extents (3,)
     density  textures per unit of length on its surface
     stretch  factors (3,) of the size over time
     wave     amplitude, number and phase (3,) of a sheet over time, less `wave_speed` t in the phase
@@ -103,19 +105,18 @@ def _still(kind: str, size: np.ndarray, density: float, home: np.ndarray, orient
         value = np.asarray(value, np.float64)
         return Drift(value, *np.zeros((3, 1, len(value))))
 
-    up = np.array([0.0, 1.0, 0.0])
     return Body(
-        kind,
-        size,
-        density,
-        constant(home),
-        orientation,
-        up,
-        constant([0]),
-        0.0,
-        constant([1, 1, 1]),
-        constant([0, 0, 0]),
-        0.0,
+        kind=kind,
+        size=size,
+        density=density,
+        path=constant(home),
+        orientation=orientation,
+        axis=np.array([0.0, 1.0, 0.0]),
+        turn=constant([0]),
+        turn_speed=0.0,
+        stretch=constant([1, 1, 1]),
+        wave=constant([0, 0, 0]),
+        wave_speed=0.0,
     )
 
 

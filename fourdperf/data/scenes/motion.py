@@ -56,7 +56,7 @@ def random_rotation(rng: np.random.Generator) -> np.ndarray:
 
 
 def look_at(position: np.ndarray, target: np.ndarray, roll: np.ndarray) -> np.ndarray:
-    """world_from_camera (T, 4, 4) of cameras at `position` (T, 3) that look at `target` (T, 3), rolled by `roll` (T,)."""
+    """world_from_camera (T, 4, 4) of cameras at `position` (T, 3) looking at `target` (T, 3), rolled by `roll` (T,)."""
     forward = target - position
     forward /= np.linalg.norm(forward, axis=-1, keepdims=True)
     right = np.cross([0.0, 1.0, 0.0], forward)

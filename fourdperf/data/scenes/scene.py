@@ -1,9 +1,9 @@
-"""Synthetic scenes: a textured room with moving and deforming objects under a moving, zooming camera, and the exact answer
-to any query about them.
+"""Synthetic scenes: a textured room with moving and deforming objects under a moving, zooming camera, and the exact
+answer to any query about them.
 
 A scene is made of its seed alone: the same seed gives the same scene whatever was made or rendered before, in any
-size; the first frames of a longer clip are those of a shorter one. Rays are cast in closed form (see `shapes`), so depth, normals,
-instances, flow and answers are those of the geometry and not of a mesh or a finished frame.
+size; the first frames of a longer clip are those of a shorter one. Rays are cast in closed form (see `shapes`), so
+depth, normals, instances, flow and answers are those of the geometry and not of a mesh or a finished frame.
 
     scene = Scene(seed=7, num_frames=8, size=(64, 64))
     clip = scene.render()              # video (8, 64, 64, 3), depth, normal, instance, flow
@@ -26,8 +26,10 @@ from fourdperf.data.scenes.world import Hits, World
 __all__ = ["Rendering", "Scene"]
 
 NEAR = 0.1  # a point less deep than this has no place in the frame; every surface a camera sees is further away
-SHADOW = 1e-3  # what is hidden by less than this part of its distance counts as seen
+HIDDEN = 1e-3  # a point is occluded by what is nearer by more than this part of its distance
 AMBIENT = 0.45
+INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int64)
+RAYS, QUERIES = 2**16, 2**15  # cast at a time
 
 
 class Rendering(NamedTuple):
@@ -104,23 +106,22 @@ class Scene:
         self.intrinsics, self.world_from_camera = self._world.intrinsics, self._world.world_from_camera
 
     def render(self) -> Rendering:
-        """Renders all frames."""
-        world, (height, width) = self._world, self.size
-        frames = torch.arange(self.num_frames, device=self.device)
+        """Renders all frames, some at a time so that memory stays bounded."""
+        height, width = self.size
         y, x = torch.meshgrid(*(torch.arange(n, device=self.device) for n in self.size), indexing="ij")
         uv = torch.stack([(x + 0.5) / width, (y + 0.5) / height], -1).view(1, -1, 2)
+        frames = torch.arange(self.num_frames, device=self.device)
+        parts = [self._render(some, uv) for some in frames.split(max(1, RAYS // (height * width)))]
+        return Rendering(*(torch.cat(part).unflatten(1, self.size) for part in zip(*parts)))
+
+    def _render(self, frames: Tensor, uv: Tensor) -> tuple[Tensor, ...]:
+        """The fields of a Rendering for some `frames`, their pixels in one axis."""
+        world = self._world
         hits = world.hits(frames, world.directions(frames, uv))
         normal = world.normal_to_world(frames, hits.body, hits.normal)
         colour = self._colour(frames, hits, normal)
-        self._smooth_edges(colour, hits, uv[0])
-        shape = (self.num_frames, height, width)
-        return Rendering(
-            video=colour.view(*shape, 3),
-            depth=hits.distance.view(shape),
-            normal=world.turn_to_camera(frames, normal).view(*shape, 3),
-            instance=hits.body.view(shape),
-            flow=self._flow(hits, uv).view(-1, height, width, 2),
-        )
+        self._smooth_edges(frames, colour, hits, uv[0])
+        return colour, hits.distance, world.turn_to_camera(frames, normal), hits.body, self._flow(frames, hits, uv)
 
     def _colour(self, frames: Tensor, hits: Hits, normal: Tensor) -> Tensor:
         """Lambert shading of the texture, wrapped around so that no side is black: (G, R, 3)."""
@@ -130,7 +131,7 @@ class Scene:
         shade = AMBIENT + (1 - AMBIENT) * (0.5 + 0.5 * (normal @ self._light))
         return colour.view(normal.shape) * shade[..., None]
 
-    def _smooth_edges(self, colour: Tensor, hits: Hits, uv: Tensor) -> None:
+    def _smooth_edges(self, frames: Tensor, colour: Tensor, hits: Hits, uv: Tensor) -> None:
         """Gives the pixels whose neighbour shows another surface the mean colour of four rays, in place."""
         height, width = self.size
         texture = hits.texture.view(-1, height, width)
@@ -140,31 +141,33 @@ class Scene:
         edge[:, :-1] |= down
         edge[:, :, 1:] |= right
         edge[:, :, :-1] |= right
-        frame, pixel = edge.flatten(1).nonzero(as_tuple=True)
+        group, pixel = edge.flatten(1).nonzero(as_tuple=True)
+        if not len(pixel):
+            return
         # Frames have different numbers of such pixels: `slot` counts them in each, and the spare slots do pixel 0.
         counts = edge.sum((1, 2))
-        slot = torch.arange(len(frame), device=frame.device) - (counts.cumsum(0) - counts)[frame]
-        pixels = pixel.new_zeros(self.num_frames, int(counts.max()))
-        pixels[frame, slot] = pixel
+        slot = torch.arange(len(group), device=group.device) - (counts.cumsum(0) - counts)[group]
+        pixels = pixel.new_zeros(len(frames), int(counts.max()))
+        pixels[group, slot] = pixel
         quarter = torch.tensor([[-1, -1], [1, -1], [-1, 1], [1, 1]], device=uv.device) / 4
         places = uv[pixels, None] + quarter / torch.tensor([width, height], device=uv.device)
-        frames = torch.arange(self.num_frames, device=frame.device)
         fine = self._world.hits(frames, self._world.directions(frames, places.flatten(1, 2)))
         normal = self._world.normal_to_world(frames, fine.body, fine.normal)
-        colour[frame, pixel] = self._colour(frames, fine, normal).unflatten(1, (-1, 4)).mean(2)[frame, slot]
+        colour[group, pixel] = self._colour(frames, fine, normal).unflatten(1, (-1, 4)).mean(2)[group, slot]
 
-    def _flow(self, hits: Hits, uv: Tensor) -> Tensor:
-        world, frames = self._world, torch.arange(1, self.num_frames, device=self.device)
-        body, place = hits.body[:-1], hits.place[:-1]
-        later = world.to_world(frames, body, world.place_at(frames, body, place))
-        return world.project(frames, world.to_camera(frames, later), NEAR) - uv
+    def _flow(self, frames: Tensor, hits: Hits, uv: Tensor) -> Tensor:
+        """The flow from `frames` to the next ones, without the last of the clip."""
+        world, later = self._world, frames[frames < self.num_frames - 1] + 1
+        body, place = hits.body[: len(later)], hits.place[: len(later)]
+        point = world.to_world(later, body, world.place_at(later, body, place))
+        return world.project(later, world.to_camera(later, point), NEAR) - uv
 
     def answer(self, queries: Queries) -> Targets:
-        """The exact answers, computed in float64, given in float32.
+        """The exact answers, computed in float64 and rounded to float32.
 
-        Everything is known except `uv` of points less than 0.1 in front of the camera of t_cam, or behind it. A point of a
-        sheet counts as visible while its side that t_src sees is. Places outside of [0, 1] are answered as if the frame
-        went on there; visible is only what is inside.
+        Everything is known except `uv` of points less than 0.1 in front of the camera of t_cam, or behind it. A point
+        of a sheet is visible where the side of the sheet that t_src saw is. Places outside of [0, 1] are answered as if
+        the frame went on there; visible is only what is inside of it.
 
         Args:
             queries: uv (..., N, 2) floating, t_src, t_tgt and t_cam (..., N) int64 in [0, T), on any device.
@@ -174,9 +177,15 @@ class Scene:
         """
         uv, *times = (value.to(self.device) for value in queries)
         self._check(uv, times)
-        shape, world = times[0].shape, self._exact
-        source, target, camera = (time.flatten() for time in times)
-        hits = world.hits(source, world.directions(source, uv.double().view(-1, 1, 2)))
+        shape = times[0].shape
+        flat = (uv.double().reshape(-1, 1, 2), *(time.reshape(-1).long() for time in times))
+        parts = [self._answer(*some) for some in zip(*(value.split(QUERIES) for value in flat))]
+        return Targets(*(torch.cat(part).squeeze(1).unflatten(0, shape) for part in zip(*parts)))
+
+    def _answer(self, uv: Tensor, source: Tensor, target: Tensor, camera: Tensor) -> Targets:
+        """The answers to queries with uv (n, 1, 2) and frames (n,), each with an axis of 1 after the first."""
+        world = self._exact
+        hits = world.hits(source, world.directions(source, uv))
 
         def point_at(frame: Tensor) -> Tensor:
             return world.to_world(frame, hits.body, world.place_at(frame, hits.body, hits.place))
@@ -188,37 +197,35 @@ class Scene:
         there = world.turn_to_camera(target, view)
         uv_there = world.project(target, there, NEAR)
         inside = (there[..., 2] > NEAR) & ((uv_there >= 0) & (uv_there <= 1)).all(-1)
-        free = world.distance(target, view.mT) > 1 - SHADOW
+        free = world.distance(target, view.mT) > 1 - HIDDEN
         visible = inside & free & ((normal * view).sum(-1) < 0)
         xyz = world.to_camera(camera, after)
-        known = torch.ones(shape, dtype=torch.bool, device=self.device)
+        known = torch.ones_like(visible)
         return Targets(
-            xyz=xyz.float().view(*shape, 3),
-            uv=world.project(camera, xyz, NEAR).float().view(*shape, 2),
-            visibility=visible.float().view(shape),
-            displacement=world.turn_to_camera(camera, after - before).float().view(*shape, 3),
-            normal=world.turn_to_camera(camera, normal).float().view(*shape, 3),
+            xyz=xyz.float(),
+            uv=world.project(camera, xyz, NEAR).float(),
+            visibility=visible.float(),
+            displacement=world.turn_to_camera(camera, after - before).float(),
+            normal=world.turn_to_camera(camera, normal).float(),
             has_xyz=known,
-            has_uv=(xyz[..., 2] > NEAR).view(shape),
+            has_uv=xyz[..., 2] > NEAR,
             has_visibility=known,
             has_displacement=known,
             has_normal=known,
         )
 
     def _check(self, uv: Tensor, times: list[Tensor]) -> None:
+        _require(uv.ndim >= 2 and uv.shape[-1] == 2, f"uv must have shape (..., N, 2), got {tuple(uv.shape)}")
+        _require(uv.is_floating_point(), f"uv must be of a floating dtype, got {uv.dtype}")
+        _require(bool(uv.isfinite().all()), "uv must be finite")
+        wanted = tuple(uv.shape[:-1])
         for name, time in zip(("t_src", "t_tgt", "t_cam"), times):
-            _require(
-                time.shape == uv.shape[:-1], f"{name} must have shape {tuple(uv.shape[:-1])}, got {tuple(time.shape)}"
-            )
-            _require(not time.is_floating_point(), f"{name} must be of an integer dtype, got {time.dtype}")
+            _require(time.shape == wanted, f"{name} must have shape {wanted}, got {tuple(time.shape)}")
+            _require(time.dtype in INTEGERS, f"{name} must be of an integer dtype, got {time.dtype}")
             if time.numel():
                 low, high = time.min().item(), time.max().item()
-                _require(
-                    0 <= low and high < self.num_frames,
-                    f"{name} must be in [0, {self.num_frames}), got {low} to {high}",
-                )
-        _require(uv.ndim >= 2 and uv.shape[-1] == 2, f"uv must have shape (..., N, 2), got {tuple(uv.shape)}")
-        _require(bool(uv.isfinite().all()), "uv must be finite")
+                inside = 0 <= low and high < self.num_frames
+                _require(inside, f"{name} must be in [0, {self.num_frames}), got {low} to {high}")
 
 
 def _make_world(layout: Layout, times: np.ndarray, aspect_ratio: float, device: torch.device) -> World:

@@ -4,12 +4,12 @@
     room      the same box, seen from inside                 sphere    x^2 + y^2 + z^2 <= 1
     sheet     z = a sin(w x + p), |x|, |y| <= 1, seen from both sides; a and p change with time
 
-An affine map per frame takes a shape into the world; when its scale changes with time the object breathes. A surface point keeps
-its coordinates in the shape, so it is known in closed form at any time; a sheet's point keeps x and y, and z follows the wave.
-Rays need no unit direction: the parameter s of o + s d is the same in the shape's coordinates and in the world's.
+An affine map per frame takes a shape into the world; when its scale changes with time the object breathes. A surface
+point keeps its coordinates in the shape, so it is known in closed form at any time; a sheet's point keeps x and y, and
+z follows the wave. Rays need no unit direction: the parameter s of o + s d is the same in the shape and in the world.
 
-Solids are convex, intersections of slabs and round parts, each of which a ray passes through in one interval.
-A sheet's z(s) - a sin(...) is monotone between the places where its derivative, a cosine plus a constant, is zero: all of them
+Solids are convex, intersections of slabs and round parts, each of which a ray passes through in one interval. A sheet's
+z(s) - a sin(...) is monotone between the places where its derivative, a cosine plus a constant, is zero: all of them
 are known, so the first root is never missed, and Newton's method between bounds finds it.
 """
 
@@ -58,7 +58,7 @@ def _slab(origin: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _round(origin: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
-    """The interval of s where a ray is in the unit ball or disc, coordinates along axis 1; near > far where it misses."""
+    """The interval of s where a ray is in the unit ball or disc, coordinates along axis 1; near > far for a miss."""
     scale = _nonzero(direction.square().sum(1)).reciprocal()
     middle = -(origin * direction).sum(1) * scale
     # The distance of the whole ray from the centre: no cancellation, unlike b^2 - ac of the textbook.
@@ -132,7 +132,7 @@ def surface(kind: str, place: Tensor, wave: Tensor | None, size: Tensor) -> tupl
         size: (3,) half extents of the shape in the world, so that textures are not stretched.
 
     Returns:
-        normals (n, 3) in the shape's coordinates, not of unit length, outward (inward in a room, towards +z on a sheet);
+        normals (n, 3) in the shape's coordinates, not of unit length, outward (a room's inward, a sheet's towards +z);
         places in the texture (n, 2), in units of the world; and which face (n,) int64.
     """
     x, y, z = place.unbind(1)

@@ -58,7 +58,7 @@ def _load(source) -> np.ndarray:
 
 
 def random_texture(rng: np.random.Generator, photographs: Sequence[np.ndarray]) -> np.ndarray:
-    """A texture, float32 (TEXELS, TEXELS, 3) in [0, 1]: a piece of a photograph, or a pattern with some stains on it."""
+    """A texture, float32 (TEXELS, TEXELS, 3) in [0, 1]: a piece of a photograph, or a pattern with stains on it."""
     if rng.random() < PHOTOGRAPH_SHARE and photographs:
         return _piece(rng, photographs[rng.integers(len(photographs))])
     pattern = PATTERNS[rng.integers(len(PATTERNS))](rng)
@@ -67,8 +67,8 @@ def random_texture(rng: np.random.Generator, photographs: Sequence[np.ndarray]) 
 
 
 def _piece(rng: np.random.Generator, photograph: np.ndarray) -> np.ndarray:
-    """A square piece of a photograph, perhaps mirrored, with other gains of its colours; of four pieces the one with the
-    most contrast, because skies and shadows show no motion."""
+    """A square piece of a photograph, perhaps mirrored, with other gains of its colours; of four pieces the one with
+    the most contrast, because skies and shadows show no motion."""
     height, width = photograph.shape[:2]
     pieces = []
     for scale, top, left in rng.random((4, 3)):

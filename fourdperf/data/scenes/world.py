@@ -1,7 +1,7 @@
 """The tensors of a scene and the rays cast into it: which surface a ray meets, and where its points are at any time.
 
-Rays come in G groups of R, each group from the camera of one frame, so that a frame's matrices are read once: a rendering
-has G = T and R = H W, queries have R = 1. `frame` is (G,) int64 everywhere, points are (G, R, 3).
+Rays come in G groups of R, each group from the camera of one frame, so that a frame's matrices are read once: a
+rendering has G = T and R = H W, queries have R = 1. `frame` is (G,) int64 everywhere, points are (G, R, 3).
 """
 
 from typing import NamedTuple
@@ -103,7 +103,7 @@ class World(NamedTuple):
         return distance, body, origins, directions
 
     def place_at(self, frame: Tensor, body: Tensor, place: Tensor) -> Tensor:
-        """The coordinates, at the time of `frame`, of surface points that are at `place` in their `body` at some time."""
+        """The coordinates in their `body`, at the time of `frame`, of points that are at `place` at some time."""
         if "sheet" not in self.kinds:
             return place
         height, _ = shapes.wave_at(place[..., 0], self._of_body(self.wave, frame, body))
@@ -140,7 +140,7 @@ class World(NamedTuple):
         return vector @ self.world_from_camera[frame, :3, :3]
 
     def project(self, frame: Tensor, point: Tensor, near: float) -> Tensor:
-        """Where points (G, R, 3) of the cameras of `frame` appear, (G, R, 2); those nearer than `near` count as there."""
+        """Where points (G, R, 3) of the cameras of `frame` appear, (G, R, 2); those nearer than `near` as if there."""
         focal, centre = self._lens(frame)
         return focal * point[..., :2] / point[..., 2:].clamp(min=near) + centre
 
