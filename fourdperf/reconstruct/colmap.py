@@ -124,4 +124,4 @@ def _name(t: int) -> str:
 
 def _join(numbers) -> str:
     # enough digits to read the same number back
-    return " ".join(np.format_float_positional(x, trim="-") for x in numbers)
+    return " ".join(f"{x:.9g}" if isinstance(x, np.float32) else f"{x:.17g}" for x in numbers)

@@ -75,14 +75,15 @@ def write_track_movie(
     total = len(reconstruction.tracks)
     chosen = np.sort(np.random.default_rng(0).permutation(total)[:max_tracks])
     uv, colours = reconstruction.tracks_uv[chosen], track_hues(reconstruction)[chosen].tolist()
-    drawable = reconstruction.tracks_visible[chosen] & (np.abs(uv - 0.5) < 2).all(-1)  # NaN is not
+    near = (np.abs(uv - 0.5) < 2).all(-1, keepdims=True)  # NaN is not
+    drawable, uv = reconstruction.tracks_visible[chosen] & near[..., 0], np.where(near, uv, 0)
 
     def frames() -> Iterator[np.ndarray]:
         trails = opacity = None
         for t, frame in enumerate(_enlarged(reconstruction.video)):
             size = np.array([frame.shape[1], frame.shape[0]])
             # a pixel's centre is a whole number for OpenCV
-            place = np.nan_to_num((uv[:, max(0, t - 1) : t + 1] * size - 0.5) * 2**SUBPIXELS).round().astype(int)
+            place = ((uv[:, max(0, t - 1) : t + 1] * size - 0.5) * 2**SUBPIXELS).round().astype(int)
             if trails is None:
                 trails, opacity = np.zeros_like(frame), np.zeros(frame.shape[:2], np.float32)
             opacity *= FADE
