@@ -91,7 +91,7 @@ class World(NamedTuple):
         maps = self.body_from_world[frame].view(groups, 3 * bodies, 4)
         camera = self.world_from_camera[frame, :3, 3:]
         origins = torch.baddbmm(maps[..., 3:], maps[..., :3], camera).view(groups, bodies, 3)
-        directions = (maps[..., :3] @ direction).view(groups, bodies, 3, -1)
+        directions = (maps[..., :3] @ direction).view(groups, bodies, 3, direction.shape[2])
         for k, kind in enumerate(self.kinds):
             wave = self.wave[:, k][frame] if kind == "sheet" else None
             s = shapes.hit(kind, origins[:, k, :, None], directions[:, k], wave)
