@@ -1,0 +1,1 @@
+"""Losses, schedules and Lightning modules, one file per model."""

@@ -1,0 +1,116 @@
+"""What a training run leaves behind: checkpoints that are whole, curves that survive an interruption."""
+
+import csv
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from fourdperf.data.files import atomic_path, write_text
+
+__all__ = ["AtomicCheckpoints", "Checkpoints", "Curves"]
+
+
+class AtomicCheckpoints(TorchCheckpointIO):
+    """Lightning's checkpoints, written whole or not at all, and read without unpickling code."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options=None) -> None:
+        with atomic_path(path) as temporary:
+            torch.save(checkpoint, temporary)
+
+    def load_checkpoint(self, path: str | os.PathLike, map_location=None, weights_only=None) -> dict[str, Any]:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no such checkpoint: {path}")
+        try:
+            checkpoint = torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        except Exception as error:
+            raise ValueError(f"{path}: not a complete checkpoint of fourdperf train: {error}") from error
+        if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+            raise ValueError(f"{path}: not a checkpoint of fourdperf train: there is no state_dict in it")
+        return checkpoint
+
+
+class Checkpoints(Callback):
+    """Writes `out`/last.ckpt (everything, to go on from) every so many optimiser steps and at the end, which is at
+    max_steps or after so many minutes, and the model alone to the folder `out`/model."""
+
+    def __init__(self, out: Path, every: int, minutes: float | None = None):
+        self.out, self.every = out, every
+        self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
+        self.saved = -1
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.saved = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs, batch, batch_idx) -> None:
+        step = trainer.global_step
+        if step == self.saved:  # in the middle of an accumulation, or this step is on disk
+            return
+        late = self.deadline is not None and time.monotonic() > self.deadline
+        if trainer.world_size > 1 and self.deadline is not None:
+            late = trainer.strategy.reduce_boolean_decision(late, all=False)
+        if late:
+            trainer.should_stop = True
+        if late or step % self.every == 0 or step >= trainer.max_steps:
+            trainer.save_checkpoint(self.out / "last.ckpt", weights_only=False)
+            if trainer.is_global_zero and trainer.world_size == 1:
+                module.model.save_pretrained(self.out / "model")
+            self.saved = step
+
+
+class Curves(Callback):
+    """Appends every `every`-th step's metrics to `out`/train.csv and every validation's to `out`/val.csv. A resumed run
+    first drops what a killed one wrote after its last checkpoint."""
+
+    def __init__(self, out: Path, every: int):
+        self.out, self.every = out, every
+        self.since = (0, 0.0)
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            for name in ("train.csv", "val.csv"):
+                _drop_after(self.out / name, trainer.global_step)
+        self.since = (trainer.global_step, time.monotonic())
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs, batch, batch_idx) -> None:
+        step = trainer.global_step
+        if step <= self.since[0] or step % self.every:
+            return
+        now = time.monotonic()
+        clips = (step - self.since[0]) * trainer.accumulate_grad_batches * trainer.world_size * len(batch.video)
+        row = _scalars(trainer.callback_metrics, "train/")
+        row |= {"lr": trainer.optimizers[0].param_groups[0]["lr"], "clips_per_second": clips / (now - self.since[1])}
+        self.since = (step, now)
+        if trainer.is_global_zero:
+            _append(self.out / "train.csv", step, row)
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.is_global_zero and not trainer.sanity_checking:
+            _append(self.out / "val.csv", trainer.global_step, _scalars(trainer.callback_metrics, "val/"))
+        self.since = (trainer.global_step, time.monotonic())
+
+
+def _scalars(metrics: dict[str, torch.Tensor], prefix: str) -> dict[str, float]:
+    return {name.removeprefix(prefix): float(value) for name, value in metrics.items() if name.startswith(prefix)}
+
+
+def _append(path: Path, step: int, row: dict[str, float]) -> None:
+    row = {"step": step, **row}
+    new = not path.exists()
+    with open(path, "a", newline="") as file:
+        writer = csv.writer(file)
+        if new:
+            writer.writerow(row)
+        writer.writerow([f"{value:.9g}" for value in row.values()])
+
+
+def _drop_after(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    head, *lines = path.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and int(line.split(",")[0]) <= step]
+    write_text(path, "".join([head, *kept]))

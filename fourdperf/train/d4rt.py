@@ -1,0 +1,120 @@
+"""D4RT under Lightning: the module that trains it, and the data module that feeds it."""
+
+import torch
+from lightning import LightningDataModule, LightningModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from fourdperf.data.queries import Clip, stack_clips
+from fourdperf.models.d4rt import D4RT, Config, Prediction
+from fourdperf.train.d4rt_loss import Weights, d4rt_loss
+from fourdperf.train.data import loader
+from fourdperf.train.schedule import adamw, learning_rate
+
+__all__ = ["ClipData", "D4RTTraining"]
+
+
+class D4RTTraining(LightningModule):
+    """One D4RT model, its losses and its optimiser; batches are `Clip`s with a leading axis.
+
+    model: the network. max_steps: where the learning rate reaches `final_lr`. clip: the largest L2 norm of the gradient.
+    seed: of what is random in a step (dropout): step n of process r draws from a generator of its own, so that a
+    resumed run repeats an uninterrupted one.
+    """
+
+    def __init__(
+        self,
+        model: D4RT,
+        max_steps: int,
+        *,
+        lr: float = 1e-4,
+        final_lr: float = 1e-6,
+        warmup_steps: int = 2500,
+        weight_decay: float = 0.03,
+        clip: float = 10.0,
+        weights: Weights | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.max_steps, self.lr, self.final_lr, self.warmup_steps = max_steps, lr, final_lr, warmup_steps
+        self.weight_decay, self.clip, self.seed = weight_decay, clip, seed
+        self.weights = weights or Weights()
+
+    def forward(self, batch: Clip) -> Prediction:
+        return self.model(batch.video, batch.queries, batch.aspect_ratio, batch.patch_video)
+
+    def on_train_batch_start(self, batch: Clip, batch_idx: int) -> None:
+        torch.manual_seed((self.seed * 1_000_003 + batch_idx) * 65_537 + self.global_rank)
+
+    def training_step(self, batch: Clip, batch_idx: int) -> Tensor:
+        terms = d4rt_loss(self(batch), batch.targets, self.weights)
+        self.log_dict({f"train/{name}": value.detach() for name, value in terms.items()}, batch_size=len(batch.video))
+        return terms["loss"]
+
+    def validation_step(self, batch: Clip, batch_idx: int) -> None:
+        prediction = self(batch)
+        terms = d4rt_loss(prediction, batch.targets, self.weights) | quick_metrics(prediction, batch)
+        values = {f"val/{name}": value for name, value in terms.items()}
+        self.log_dict(values, batch_size=len(batch.video), on_epoch=True, sync_dist=True)
+
+    def configure_optimizers(self) -> dict:
+        optimizer = adamw(self.parameters(), self.lr, self.weight_decay)
+        share = lambda step: (
+            learning_rate(step, self.max_steps, self.warmup_steps, self.lr, self.final_lr) / self.lr
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        sharded = getattr(self.trainer.model, "clip_grad_norm_", None)  # FSDP's own, over all shards
+        norm = sharded(self.clip) if sharded else torch.nn.utils.clip_grad_norm_(self.parameters(), self.clip)
+        if not norm.isfinite():
+            # Gradients are averaged over the processes before this, so that all of them stop here.
+            raise ValueError(
+                f"step {self.global_step}: the gradient's norm is {norm.item()}; nothing was changed. The last "
+                f"checkpoint is good; go on from it with a lower --lr or --precision 32-true, or look at the data"
+            )
+        self.log("train/grad_norm", norm)
+
+
+def quick_metrics(prediction: Prediction, batch: Clip) -> dict[str, Tensor]:
+    """Of the queries as they come: share of right visibilities, and the mean distance |x / d - x' / d'| of points in
+    mean depths of their clip."""
+    targets = batch.targets
+    known = targets.has_visibility
+    right = (prediction.visibility > 0) == (targets.visibility > 0.5)
+    valid = targets.has_xyz
+    count = valid.sum(1).clamp(min=1)
+    scaled = [
+        x / ((x[..., 2].abs() * valid).sum(1) / count).clamp(min=1e-6)[:, None, None]
+        for x in (prediction.xyz.float(), torch.where(valid[..., None], targets.xyz, 0))
+    ]
+    distance = (scaled[0] - scaled[1]).norm(dim=-1)
+    return {
+        "visibility_accuracy": (right & known).sum() / known.sum().clamp(min=1),
+        "xyz_error": ((distance * valid).sum(1) / count).mean(),
+    }
+
+
+class ClipData(LightningDataModule):
+    """Clips for training and validation.
+
+    train: endless, `train[number]` for any number (`fourdperf.train.data`). val: finite.
+    """
+
+    def __init__(self, train: Dataset, val: Dataset | None, batch_size: int, workers: int = 0) -> None:
+        super().__init__()
+        self.train, self.val, self.batch_size, self.workers = train, val, batch_size, workers
+
+    def train_dataloader(self) -> DataLoader:
+        trainer = self.trainer
+        had = lambda: trainer.global_step * trainer.accumulate_grad_batches
+        return loader(self.train, self.batch_size, self.workers, trainer.global_rank, trainer.world_size, had)
+
+    def val_dataloader(self) -> DataLoader | list:
+        if self.val is None:
+            return []
+        mine = range(self.trainer.global_rank, len(self.val), self.trainer.world_size)
+        part = torch.utils.data.Subset(self.val, mine)
+        return DataLoader(part, self.batch_size, collate_fn=stack_clips, num_workers=self.workers)
