@@ -280,7 +280,7 @@ def pack_shard(path: str | os.PathLike, scenes: Sequence[str | os.PathLike]) -> 
     names = [folder.name for folder in folders]
     if not folders or len(set(names)) != len(names) or any("." in name for name in names):
         raise ValueError(f"{path}: wanted scenes with different names without dots, got {names}")
-    with atomic_path(path) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as shard:
+    with atomic_path(path) as temporary, tarfile.open(temporary, "w") as shard:
         for folder in folders:
             for file in sorted(file for file in folder.rglob("*") if file.is_file()):
                 content = file.read_bytes()

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from fourdperf.data.augment import View
@@ -33,6 +34,7 @@ __all__ = ["Asked", "answer", "ask", "known_only"]
 
 TRACK_SHARE = 0.5
 DEPTH_TOLERANCE = 0.01
+SAME_NORMAL = 0.98  # cosine
 
 
 class Asked(NamedTuple):
@@ -246,24 +248,43 @@ def _normals(window: Window, asked: Asked, k: Tensor, pose: Tensor, turn: Tensor
     uv, t_src, t_tgt, _ = asked.queries
     if window.normal is None:
         return torch.full((len(uv), 3), torch.nan, dtype=torch.float64)
-    now = t_src == t_tgt
-    about_track = asked.track >= 0
-    height, width = window.depth.shape[1:]
-    row = torch.where(about_track, (uv[:, 1] * height).long().clamp(0, height - 1), asked.row)
-    column = torch.where(about_track, (uv[:, 0] * width).long().clamp(0, width - 1), asked.column)
-    seen = torch.from_numpy(window.normal)[t_src, row, column].double()
+    now, about_track = t_src == t_tgt, asked.track >= 0
+    seen = torch.from_numpy(window.normal)[t_src, asked.row, asked.column].double()
+    if window.tracks is not None and window.tracks.xyz is not None:
+        # A track has a normal where the pixels around it show its surface, and a smooth one.
+        depth, normal = _around(window, t_src, uv.double(), k[t_src])
+        z = _move(invert_rigid(pose[t_src]), torch.from_numpy(window.tracks.xyz)[t_src, asked.track].double())[:, 2]
+        mean = F.normalize(normal.sum(0), dim=-1)
+        smooth = ((normal * mean).sum(-1) > SAME_NORMAL).all(0)
+        fits = now & smooth & ((depth - z).abs() < DEPTH_TOLERANCE * z).all(0)
+        seen = torch.where(about_track[:, None], torch.where(fits[:, None], mean, torch.nan), seen)
+    else:
+        seen = torch.where(about_track[:, None], torch.nan, seen)
     ray = _unproject(uv.double(), torch.ones(len(uv)).double(), k[t_src])
     seen = torch.where((seen * ray).sum(-1, keepdim=True) > 0, -seen, seen)
     world = _turn(pose[t_src], seen)
-    turned = torch.where(now[:, None], world, _turn(turn, world))
-    # The pixel under a track must show the track's surface; and only pixels' bodies are known.
-    fits = ~about_track
-    if window.tracks is not None and window.tracks.xyz is not None:
-        point = torch.from_numpy(window.tracks.xyz)[t_src, asked.track].double()
-        z = _move(invert_rigid(pose[t_src]), point)[:, 2]
-        depth = torch.from_numpy(window.depth)[t_src, row, column]
-        fits |= now & ((z - depth).abs() < DEPTH_TOLERANCE * depth)
-    return torch.where(fits[:, None], turned, torch.nan)
+    return torch.where(now[:, None], world, _turn(turn, world))
+
+
+def _around(window: Window, frame: Tensor, place: Tensor, k: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The depths `(4, N)` and normals `(4, N, 3)` at the four pixels around places `(N, 2)` of frames `(N,)`; where there
+    are normals, the depths are those of planes that go on from the pixels to the place."""
+    size = torch.tensor(window.depth.shape[:0:-1])  # width, height
+    last = size - 1
+    corner = (place * size - 0.5).floor().long()
+    depths, normals = [], []
+    for offset in ((0, 0), (1, 0), (0, 1), (1, 1)):
+        column, row = (corner + torch.tensor(offset)).clamp(torch.zeros_like(last), last).unbind(-1)
+        depth = torch.from_numpy(window.depth)[frame, row, column].double()
+        if window.normal is not None:
+            normal = torch.from_numpy(window.normal)[frame, row, column].double()
+            centre = (torch.stack([column, row], -1) + 0.5) / size
+            rays = [_unproject(uv.double(), torch.ones_like(depth), k) for uv in (centre, place)]
+            slope = (rays[0] * normal).sum(-1) / (rays[1] * normal).sum(-1)
+            depth = torch.where((slope > 0.5) & (slope < 2), depth * slope, depth)
+            normals.append(normal)
+        depths.append(depth)
+    return torch.stack(depths), torch.stack(normals) if normals else None
 
 
 def _visibility(window: Window, asked: Asked, xyz: Tensor, away: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -274,22 +295,8 @@ def _visibility(window: Window, asked: Asked, xyz: Tensor, away: Tensor, k: Tens
         return torch.zeros(len(xyz), dtype=torch.float64), torch.zeros_like(known)
     place, in_front = _project(xyz, k)
     inside = in_front & ((place >= 0) & (place <= 1)).all(-1)
-    size = torch.tensor(window.depth.shape[:0:-1])  # width, height
-    place = torch.where(inside[:, None], place, 0.5)
-    corner, last = (place * size - 0.5).floor().long(), size - 1
-    around = []
-    for offset in ((0, 0), (1, 0), (0, 1), (1, 1)):
-        column, row = (corner + torch.tensor(offset)).clamp(torch.zeros_like(last), last).unbind(-1)
-        depth = torch.from_numpy(window.depth)[asked.queries.t_tgt, row, column].double()
-        if window.normal is not None:
-            # the surface goes on as a plane from the pixel's centre to the place
-            normal = torch.from_numpy(window.normal)[asked.queries.t_tgt, row, column].double()
-            centre = (torch.stack([column, row], -1) + 0.5) / size
-            rays = [_unproject(uv.double(), torch.ones_like(depth), k) for uv in (centre, place)]
-            slope = (rays[0] * normal).sum(-1) / (rays[1] * normal).sum(-1)
-            depth = torch.where((slope > 0.5) & (slope < 2), depth * slope, depth)
-        around.append(depth)
-    limit = torch.stack(around) * (1 + DEPTH_TOLERANCE)  # (4, N); one that is not known compares as False
+    depth, _ = _around(window, asked.queries.t_tgt, torch.where(inside[:, None], place, 0.5), k)
+    limit = depth * (1 + DEPTH_TOLERANCE)  # (4, N); one that is not known compares as False
     visible = inside & ~away & (xyz[:, 2] <= limit).all(0)
     hidden = ~inside | away | (xyz[:, 2] > limit).all(0)
     return visible.double(), known & (visible | hidden)

@@ -32,6 +32,7 @@ from torch.utils.data import Dataset
 
 from fourdperf.data.cameras import normalise_intrinsics
 from fourdperf.data.queries import Clip, Queries, Targets
+from fourdperf.data.recorded_queries import known_only
 
 __all__ = ["SeedDataset", "clip_from_seed"]
 
@@ -215,10 +216,6 @@ def _project(xyz: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _targets(**parts: Tensor) -> Targets:
-    """Unknown answers become 0, so that no NaN can leak through a product with a mask; the normals are unknown."""
+    """Without normals, and 0 for whatever is not known."""
     n = len(parts["xyz"])
-    parts |= {"normal": torch.zeros(n, 3), "has_normal": torch.zeros(n, dtype=torch.bool)}
-    for field in ("xyz", "uv", "visibility", "displacement", "normal"):
-        value, known = parts[field].float(), parts[f"has_{field}"]
-        parts[field] = torch.where(known.reshape(n, *[1] * (value.ndim - 1)), value, torch.zeros_like(value))
-    return Targets(**parts)
+    return known_only(Targets(**parts, normal=torch.zeros(n, 3), has_normal=torch.zeros(n, dtype=torch.bool)))

@@ -8,10 +8,11 @@ Shards are shared out among processes (torch.distributed, or RANK and WORLD_SIZE
 must be as many shards as processes times workers. The package webdataset is needed: `pip install 'fourdperf[shards]'`.
 """
 
+import itertools
 import os
 import tarfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -35,12 +36,13 @@ def find_shards(path: str | os.PathLike) -> list[str]:
 
 
 class ShardDataset(IterableDataset[Clip]):
-    """One clip of every scene per pass, in the order of the shards, which is new in every pass.
+    """One clip of every scene per pass, shard by shard in an order that is new in every pass.
 
     Args:
         shards: paths or URLs, as WebDataset takes them.
         config: what a clip is made of.
         seed: of everything random.
+        passes: how many; None for no end, as training wants it.
 
     Raises:
         ImportError: webdataset is not installed.
@@ -48,18 +50,33 @@ class ShardDataset(IterableDataset[Clip]):
             scene is wrong or shorter than a clip, or this process or worker has no shard.
     """
 
-    def __init__(self, shards: Sequence[str], config: ClipConfig, seed: int = 0):
+    def __init__(self, shards: Sequence[str], config: ClipConfig, seed: int = 0, passes: int | None = None):
         _webdataset()
         if not shards:
             raise ValueError("shards: wanted at least one, got none")
         config.check()
-        self.shards, self.config, self.seed, self.visits = list(shards), config, seed, 0
+        self.shards, self.config, self.seed, self.passes = list(shards), config, seed, passes
 
     def __iter__(self) -> Iterator[Clip]:
+        for visit in itertools.count() if self.passes is None else range(self.passes):
+            samples = 0
+            for sample in _explained(self._samples(visit)):
+                samples += 1
+                name = sample["__key__"]
+                contents = {_member(key): value for key, value in sample.items() if not key.startswith("__")}
+                source = Folder(MemoryFiles(f"{sample['__url__']}: {name}", contents))
+                state = zlib.crc32(f"{visit} {name}".encode())
+                yield clip_of(source, self.config, clip_generator(self.seed, state))
+            if not samples:
+                raise ValueError(
+                    f"shards: wanted at least one for each process and worker, got {len(self.shards)} in all"
+                )
+
+    def _samples(self, visit: int) -> Iterable[dict]:
+        """The scenes of this process's and worker's shards: file names and contents."""
         wds = _webdataset()
-        visit, self.visits = self.visits, self.visits + 1
         order = torch.randperm(len(self.shards), generator=clip_generator(self.seed, visit))
-        pipeline = wds.WebDataset(
+        return wds.WebDataset(
             [self.shards[i] for i in order],
             shardshuffle=False,
             nodesplitter=wds.split_by_node,
@@ -67,16 +84,6 @@ class ShardDataset(IterableDataset[Clip]):
             handler=wds.reraise_exception,
             empty_check=False,
         )
-        samples = 0
-        for sample in _explained(pipeline):
-            samples += 1
-            name = sample["__key__"]
-            contents = {_member(key): value for key, value in sample.items() if not key.startswith("__")}
-            source = Folder(MemoryFiles(f"{sample['__url__']}: {name}", contents))
-            state = zlib.crc32(name.encode()) ^ (visit * 0x9E3779B1 & 0xFFFFFFFF)
-            yield clip_of(source, self.config, clip_generator(self.seed, state))
-        if not samples:
-            raise ValueError(f"shards: wanted one or more per process and worker, got {len(self.shards)} in all")
 
 
 def _webdataset():
@@ -93,7 +100,7 @@ def _member(key: str) -> str:
     return f"{folder}/{file}" if "." in file else key
 
 
-def _explained(samples: Iterator) -> Iterator:
+def _explained(samples: Iterable[dict]) -> Iterator[dict]:
     """Turns what tarfile and WebDataset say of a broken shard into one error."""
     try:
         yield from samples
