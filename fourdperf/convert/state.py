@@ -20,8 +20,8 @@ def read_state(path: str | os.PathLike) -> dict[str, Tensor]:
     """The tensors of a file by name, on the CPU.
 
     A dictionary inside the file under one of WRAPPERS (Lightning's `state_dict`, VideoMAE's `model`) is taken out.
-    Raises CheckpointError for a file that is none of these, is not complete, or holds more than tensors and plain values
-    (which would have to be unpickled as code); OSError where it cannot be read.
+    Raises CheckpointError for a file that is none of these, is not complete, or holds more than tensors and plain
+    values (which would have to be unpickled as code); OSError where it cannot be read.
     """
     if Path(path).suffix == ".safetensors":
         with open(path, "rb"):  # the OSError of the system, where there is one
