@@ -1,7 +1,7 @@
 """scenes: synthetic clips made, rendered and asked, as training needs them.
 
-No floor in bytes: a ray costs some twenty small operations per object. The aim is 30 clips of 8 x 64 x 64 a second on two
-cores, 33 ms each. The peer is the same on one thread, as a worker of a data loader runs it.
+No floor in bytes: a ray costs some twenty small operations per object. The aim is 30 clips of 8 x 64 x 64 a second on
+two cores, 33 ms each. The peer is the same on one thread, as a worker of a data loader runs it.
 """
 
 import torch
@@ -10,38 +10,36 @@ from fourdperf.benchmarks.harness import Case
 from fourdperf.data.queries import Queries
 from fourdperf.data.scenes import Scene
 
-# name: frames, height and width
-SHAPES = {"training clip 8x64x64": (8, (64, 64)), "large clip 16x256x256": (16, (256, 256))}
 NUM_QUERIES = 2048
-SEEDS = 12  # scenes have different numbers of objects: a time is that of all of these
 
 
 def cases(device: str):
-    for name, (frames, size) in SHAPES.items():
-        yield _case(f"{name}, made and rendered", lambda seed, f=frames, s=size: _averages(Scene(seed, f, s, device)))
-        scenes = [Scene(seed, frames, size, device) for seed in range(SEEDS)]
-        yield _case(f"{name}, rendered", lambda seed, scenes=scenes: _averages(scenes[seed]))
-    scenes = [Scene(seed, device=device) for seed in range(SEEDS)]
-    queries = Queries(torch.rand(NUM_QUERIES, 2), *torch.randint(8, (3, NUM_QUERIES)).unbind(0))
-    yield _case(f"{NUM_QUERIES} queries answered", lambda seed: scenes[seed].answer(queries).xyz)
+    # Scenes have different numbers of objects: a time is that of several.
+    yield from _clip_cases("training clips 8x64x64", 12, 8, (64, 64), device)
+    yield from _clip_cases("large clips 16x256x256", 2, 16, (256, 256), device)
 
 
-def _averages(scene: Scene) -> torch.Tensor:
-    return scene.render().video.mean((1, 2))
+def _clip_cases(name: str, number: int, frames: int, size: tuple[int, int], device: str):
+    make = lambda: [Scene(seed, frames, size, device) for seed in range(number)]
+    scenes = make()
+    queries = Queries(torch.rand(NUM_QUERIES, 2), *torch.randint(frames, (3, NUM_QUERIES)).unbind(0))
+    yield _case(f"{number} {name}, made and rendered", lambda: _averages(make()))
+    yield _case(f"{number} {name}, rendered", lambda: _averages(scenes))
+    yield _case(f"{number} {name}, {NUM_QUERIES} queries each", lambda: [scene.answer(queries).xyz for scene in scenes])
+
+
+def _averages(scenes: list[Scene]) -> list[torch.Tensor]:
+    return [scene.render().video.mean((1, 2)) for scene in scenes]
 
 
 def _case(name: str, function) -> Case:
-    everything = lambda: [function(seed) for seed in range(SEEDS)]
-    return Case("scenes", f"{SEEDS} x {name}", "float32", {"fourdperf": everything, "one thread": _single(everything)})
+    return Case("scenes", name, "float32", {"fourdperf": function, "one thread": lambda: _on_one_thread(function)})
 
 
-def _single(function):
-    def on_one_thread():
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            return function()
-        finally:
-            torch.set_num_threads(threads)
-
-    return on_one_thread
+def _on_one_thread(function):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return function()
+    finally:
+        torch.set_num_threads(threads)
