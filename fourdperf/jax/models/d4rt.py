@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+import torch
 from flax import linen as nn
 from jax import Array
 from safetensors.numpy import load_file
@@ -20,7 +21,8 @@ from fourdperf.data.queries import Queries
 from fourdperf.jax.models.layers import CrossDecoder, PreNormBlock, attention
 from fourdperf.jax.models.scaling4d import PatchEmbedding
 from fourdperf.jax.ops import fourier_embed, gather_patches, linear_range, octaves, window_attention
-from fourdperf.models.checkpoint import WEIGHTS, CheckpointError, read_config, read_shapes
+from fourdperf.models.checkpoint import WEIGHTS, CheckpointError, check_keys, read_config, read_shapes
+from fourdperf.models.d4rt import D4RT as TorchD4RT
 from fourdperf.models.d4rt import MODEL, SIZES, Config, Prediction
 
 
@@ -253,16 +255,17 @@ class D4RT(nn.Module):
 def from_pretrained(path: str | os.PathLike) -> tuple[D4RT, dict]:
     """The model of a directory written by the PyTorch model's `save_pretrained`, and its variables in fp32.
 
-    Raises CheckpointError (a ValueError) that names the file.
+    Raises CheckpointError (a ValueError) that names the file, and the keys that are missing, unknown or misshapen.
     """
+    fields, file = read_config(path, MODEL), Path(path) / WEIGHTS
     try:
-        config = Config.from_dict(read_config(path, MODEL))
-    except CheckpointError:
-        raise
+        config = Config.from_dict(fields)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    read_shapes(Path(path) / WEIGHTS)  # a CheckpointError where the file is not complete
-    return D4RT(config), {"params": flax_params(load_file(Path(path) / WEIGHTS), config)}
+    with torch.device("meta"):
+        wanted = {key: tuple(x.shape) for key, x in TorchD4RT(config).state_dict().items()}
+    check_keys(str(file), wanted, read_shapes(file))
+    return D4RT(config), {"params": flax_params(load_file(file), config)}
 
 
 def flax_params(state: Mapping[str, np.ndarray], config: Config) -> dict:
