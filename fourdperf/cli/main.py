@@ -19,6 +19,7 @@ COMMANDS = {
     "compare": "the same weights in PyTorch and JAX: error per layer, time, memory",
     "features": "a model's features of a video, as arrays and as pictures",
     "depth": "depth maps of a video, as arrays and as pictures",
+    "reconstruct": "depth, cameras, points and tracks of a video, as arrays, files and a page to turn",
     "train": "train a model, or go on with a run",
     "demo": "everything on a small model, without any download",
     "export_scenes": "synthetic scenes as files, in the layouts that recorded videos have",
