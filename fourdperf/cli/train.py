@@ -1,11 +1,8 @@
 """``fourdperf train``: train a model, from the command line or a YAML file, and go on after any interruption."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any, Literal
-
-import torch
 
 from fourdperf.data.files import output_folder, write_text
 

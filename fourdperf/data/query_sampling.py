@@ -19,7 +19,7 @@ BOUNDARY_QUANTILE = 0.8
 
 
 def sobel(maps: Tensor) -> Tensor:
-    """The magnitude of the 3x3 Sobel gradient of `(..., H, W)`, H and W >= 2; borders mirrored without the edge pixel."""
+    """The magnitude of the 3x3 Sobel gradient of `(..., H, W)`, H, W >= 2; borders mirrored without the edge pixel."""
     x = F.pad(maps.reshape(-1, 1, *maps.shape[-2:]), (1, 1, 1, 1), mode="reflect")
     across = x[..., 2:] - x[..., :-2]
     down = x[..., 2:, :] - x[..., :-2, :]
@@ -29,11 +29,11 @@ def sobel(maps: Tensor) -> Tensor:
 
 
 def boundaries(depth: Tensor, flow: Tensor | None = None) -> Tensor:
-    """Where depth or motion breaks, bool `(T, H, W)`: the gradient of the depth `(T, H, W)`, or that of the length of the
-    flow `(T, H, W, 2)` or `(T - 1, H, W, 2)`, is above its frame's 80th percentile.
+    """Where depth or motion breaks, bool `(T, H, W)`: the gradient of the depth `(T, H, W)`, or that of the length of
+    the flow `(T, H, W, 2)` or `(T - 1, H, W, 2)`, is above its frame's 80th percentile.
 
-    The percentile is the seed's rule (the paper names none). Of the last frame, where there is no flow from it, only the
-    depth counts. A frame without any gradient has no boundary. Depths that are not finite are taken as the largest
+    The percentile is the seed's rule (the paper names none). Of the last frame, where there is no flow from it, only
+    the depth counts. A frame without any gradient has no boundary. Depths that are not finite are taken as the largest
     finite one of their frame.
     """
     depth = depth.double()

@@ -7,9 +7,8 @@ the numbers 0, 1, 2, ... once each (`fourdperf.train.data`) has disjoint clips o
 The seeds of scenes are 3 k for training, 3 k + 1 for validation and 3 k + 2 for tests: no scene is in two splits.
 
 A render costs as much as a training step of a small model. With `scenes`, only so many different ones are visited, in
-a new order in every pass; with `cache`, a folder, each is rendered once and then read from a memory-mapped
-uint8 file `(T, H, W, 4)`: red, green, blue, and 1 where the queries' boundary pixels are. Questions and exact answers are
-new at every visit.
+a new order in every pass; with `cache`, a folder, each is rendered once and then read from a uint8 file `(T, H, W, 4)`:
+red, green, blue, and 1 where the queries' boundary pixels are. Questions and exact answers are new at every visit.
 """
 
 import functools

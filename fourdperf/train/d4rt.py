@@ -6,8 +6,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fourdperf.data.queries import Clip, stack_clips
-from fourdperf.models.d4rt import D4RT, Config, Prediction
-from fourdperf.train.d4rt_loss import Weights, d4rt_loss
+from fourdperf.models.d4rt import D4RT, Prediction
+from fourdperf.train.d4rt_loss import Weights, d4rt_loss, mean_depth
 from fourdperf.train.data import loader
 from fourdperf.train.schedule import adamw, learning_rate
 
@@ -17,9 +17,9 @@ __all__ = ["ClipData", "D4RTTraining"]
 class D4RTTraining(LightningModule):
     """One D4RT model, its losses and its optimiser; batches are `Clip`s with a leading axis.
 
-    model: the network. max_steps: where the learning rate reaches `final_lr`. clip: the largest L2 norm of the gradient.
-    seed: of what is random in a step (dropout): step n of process r draws from a generator of its own, so that a
-    resumed run repeats an uninterrupted one.
+    model: the network. max_steps: where the learning rate reaches `final_lr`. clip: the gradient's largest L2 norm.
+    seed: of what is random in a step: batch n of process r starts from a seed of its own, so that a resumed run
+    repeats an uninterrupted one.
     """
 
     def __init__(
@@ -85,15 +85,11 @@ def quick_metrics(prediction: Prediction, batch: Clip) -> dict[str, Tensor]:
     known = targets.has_visibility
     right = (prediction.visibility > 0) == (targets.visibility > 0.5)
     valid = targets.has_xyz
-    count = valid.sum(1).clamp(min=1)
-    scaled = [
-        x / ((x[..., 2].abs() * valid).sum(1) / count).clamp(min=1e-6)[:, None, None]
-        for x in (prediction.xyz.float(), torch.where(valid[..., None], targets.xyz, 0))
-    ]
-    distance = (scaled[0] - scaled[1]).norm(dim=-1)
+    ours, true = (x / mean_depth(x, valid) for x in (prediction.xyz, targets.xyz))
+    distance = torch.where(valid, (ours - true).norm(dim=-1), 0)
     return {
         "visibility_accuracy": (right & known).sum() / known.sum().clamp(min=1),
-        "xyz_error": ((distance * valid).sum(1) / count).mean(),
+        "xyz_error": (distance.sum(1) / valid.sum(1).clamp(min=1)).mean(),
     }
 
 

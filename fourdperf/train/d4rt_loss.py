@@ -9,17 +9,17 @@
 
 |.| is the mean over the coordinates. Where the paper is silent (and where its literal reading breaks):
 
-    d             the mean of |z| over the clip's valid points, at least 1e-6: it is the mean depth as long as everything
-                  lies in front of the camera, positive when it does not, and moves no point to the other side
-    displacement  divided like xyz, because it has the same unit, without the logarithm, because it is small; its gradient
-                  does not reach the prediction's d
+    d             the mean of max(z, 0) over the clip's valid points, at least 1e-6: the mean depth as long as all lie
+                  in front of the camera, and when some do not, never negative, nor smaller for being pulled forward
+    displacement  divided like xyz, because it has the same unit, without the logarithm, because it is small; its
+                  gradient does not reach the prediction's d
     uv            a projection further than one frame size outside the frame does not count: its value is unbounded
-    mean          over a clip's valid queries, then over the clips, a clip without any giving 0. So the loss of a batch is
-                  exactly the mean over its parts, on however many processes and accumulation steps
+    mean          over a clip's valid queries, then over the clips, a clip without any giving 0. So the loss of a batch
+                  is exactly the mean over its parts, on however many processes and accumulation steps
 
-Two ports differ, and `Weights`' companion `formula` reproduces them for their numbers: "seed_a" (the seed repository:
-signed mean z of all points + 1e-6; one mean over the batch; -log(c + 1e-6); displacement as it is) and "seed_b" (the
-same with max(|mean z|, 0.1) and c clamped to [1e-6, 1 - 1e-6]).
+Two ports differ, and `formula` reproduces their numbers: "seed_a" (the seed repository: signed mean z of all points
++ 1e-6; one mean over the batch, sum / (count + 1e-6); -log(c + 1e-6); displacement as it is; every uv) and "seed_b"
+(the same with max(|mean z|, 0.1) and c clamped to [1e-6, 1 - 1e-6]).
 """
 
 from dataclasses import dataclass, fields
@@ -32,7 +32,7 @@ from torch import Tensor
 from fourdperf.data.queries import Targets
 from fourdperf.models.d4rt import Prediction
 
-__all__ = ["Formula", "Weights", "d4rt_loss", "signed_log"]
+__all__ = ["Formula", "Weights", "d4rt_loss", "mean_depth", "signed_log"]
 
 Formula = Literal["paper", "seed_a", "seed_b"]
 UV_REACH = 1.5
@@ -67,8 +67,8 @@ def d4rt_loss(
 ) -> dict[str, Tensor]:
     """The terms of the loss, unweighted, by name, and under "loss" their weighted sum; fp32 scalars.
 
-    prediction: raw outputs for `(B, N)` queries, any float dtype; targets: `(B, N)`, values where `has_*` is False are not
-    read (they may be NaN). normalize, log: the seed's switches of the 3-D term.
+    prediction: raw outputs for `(B, N)` queries, any float dtype; targets: `(B, N)`, values where `has_*` is False are
+    not read (they may be NaN). normalize, log: the seed's switches of the 3-D term.
 
     Raises:
         ValueError: the shapes differ.
@@ -96,7 +96,7 @@ def d4rt_loss(
     if formula == "paper":
         known["uv"] = known["uv"] & ((truth["uv"] - 0.5).abs() <= UV_REACH).all(-1)
 
-    depth, true_depth = (_mean_depth(x[..., 2], targets.has_xyz, formula) for x in (prediction.xyz, truth["xyz"]))
+    depth, true_depth = (mean_depth(x, targets.has_xyz, formula) for x in (prediction.xyz, targets.xyz.float()))
     xyz, true_xyz = (prediction.xyz / depth, truth["xyz"] / true_depth) if normalize else (prediction.xyz, truth["xyz"])
     if log:
         xyz, true_xyz = signed_log(xyz), signed_log(true_xyz)
@@ -119,15 +119,15 @@ def d4rt_loss(
     return terms
 
 
-def _mean_depth(z: Tensor, valid: Tensor, formula: Formula) -> Tensor:
-    """What a clip's points are divided by, `(B, 1, 1)`, of their z `(B, N)`."""
+def mean_depth(xyz: Tensor, valid: Tensor, formula: Formula = "paper") -> Tensor:
+    """What a clip's points `(B, N, 3)` are divided by, `(B, 1, 1)`."""
+    z = xyz[..., 2:]
     if formula == "seed_a":
-        depth = z.mean(1, keepdim=True) + TINY
-    elif formula == "seed_b":
-        depth = z.mean(1, keepdim=True).abs().clamp(min=0.1)
-    else:
-        depth = ((z.abs() * valid).sum(1, keepdim=True) / valid.sum(1, keepdim=True).clamp(min=1)).clamp(min=TINY)
-    return depth[..., None]
+        return z.mean(1, keepdim=True) + TINY
+    if formula == "seed_b":
+        return z.mean(1, keepdim=True).abs().clamp(min=0.1)
+    total = torch.where(valid[..., None], z.clamp(min=0), 0).sum(1, keepdim=True)
+    return (total / valid.sum(1)[:, None, None].clamp(min=1)).clamp(min=TINY)
 
 
 def _penalty(logit: Tensor, formula: Formula) -> Tensor:
