@@ -1,0 +1,136 @@
+"""All-pixel tracks: upstream's cells and order, complete coverage, exactness, and the queries saved."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from fourdperf.data.scenes import Scene
+from fourdperf.models.d4rt import Prediction
+from fourdperf.reconstruct import dense, recipes
+from fourdperf.reconstruct.dense import dense_tracks
+from fourdperf.reconstruct.recipes import EncodedVideo
+from tests.reconstruct.oracle import Oracle
+
+GOLDENS = Path(__file__).parents[1] / "goldens" / "d4rt"
+
+
+class Recorded(torch.nn.Module):
+    """Answers with the tracks in a golden file, and knows no other sources."""
+
+    def __init__(self, file):
+        super().__init__()
+        self.config = SimpleNamespace(num_frames=4, image_size=(16, 16))
+        self.file = {name: torch.from_numpy(file[f"out/{name}"]) for name in ("tracks_3d", "tracks_2d", "visibility")}
+        self.number = {tuple(int(x) for x in row): i for i, row in enumerate(file["out/source_pixels"])}
+
+    def encode(self, video, aspect_ratio=None, patch_video=None):
+        return None
+
+    def decode(self, encoded, queries):
+        uv, source, target, camera = (part[0] for part in queries)
+        assert torch.equal(target, camera)
+        corner = (16 * uv - 1).long()  # upstream names a cell of two pixels by its first
+        track = torch.tensor([self.number[t, y, x] for t, (x, y) in zip(source.tolist(), corner.tolist())])
+        xyz, place, visibility = (self.file[name][track, target] for name in self.file)
+        nothing = torch.zeros_like(visibility)
+        return Prediction(xyz[None], place[None], visibility.logit()[None], xyz[None], xyz[None], nothing[None])
+
+
+@pytest.mark.parametrize("name, batch", [("rowmajor", 48), ("random", 64)])
+def test_cells_and_order_are_upstream_s(name, batch, monkeypatch):
+    file = np.load(GOLDENS / f"b_dense_{name}.npz")
+    order = [torch.from_numpy(file[f"in/perm_{i}"]) for i in range(file["out/num_iterations"])]
+
+    def draw(remaining, batch):
+        assert len(remaining) == len(order[0]), "upstream has other cells left"
+        return remaining.sort().values[order.pop(0)[:batch]]
+
+    monkeypatch.setattr(dense, "draw", draw)
+    video = EncodedVideo(Recorded(file), file["in/video"][0])
+    found = dense_tracks(video, (8, 8), batch=batch).tracks
+    assert not order
+    pixels = torch.stack([found.source[:, 0], 16 * found.source[:, 2] - 1, 16 * found.source[:, 1] - 1], -1)
+    assert np.array_equal(pixels, file["out/source_pixels"])
+    assert np.array_equal(found.xyz, file["out/tracks_3d"]) and np.array_equal(found.uv, file["out/tracks_2d"])
+    assert np.array_equal(found.visible, file["out/visibility"] > 0.5)
+
+
+@pytest.fixture(scope="module")
+def scene():
+    return Scene(5, num_frames=8, size=(32, 32))
+
+
+def video_of(scene):
+    model = Oracle(scene, scene.num_frames)
+    return EncodedVideo(model, model.frames()), model
+
+
+@pytest.mark.parametrize("camera", [None, 2])
+def test_every_cell_is_crossed_and_every_track_is_right(scene, camera):
+    video, model = video_of(scene)
+    found = dense_tracks(video, camera=camera, batch=64)
+    tracks = found.tracks
+    visited = torch.zeros(8 * 32 * 32, dtype=torch.bool)
+    visited[dense.cells(tracks.uv, (32, 32))[tracks.visible]] = True
+    assert visited.all()
+    again = recipes.tracks(video, tracks.source, camera)
+    assert all(torch.equal(a, b) for a, b in zip(tracks, again))
+    factor = 1 if camera is None else 2
+    assert found.queries == len(tracks.xyz) * 8 * factor and found.naive_queries == 8 * 8 * 32 * 32 * factor
+    assert found.queries < found.naive_queries / 3
+    assert video.queries == model.asked
+
+
+def test_no_source_was_visited_before(scene):
+    video, _ = video_of(scene)
+    tracks = dense_tracks(video, batch=1, size=(6, 6)).tracks
+    cell = dense.cells(tracks.uv, (6, 6))
+    own = cell[torch.arange(len(cell)), tracks.source[:, 0].long()]
+    visited = torch.zeros(8 * 36, dtype=torch.bool)
+    for i in range(len(cell)):
+        assert not visited[own[i]]
+        visited[cell[i, tracks.visible[i]]] = True
+        visited[own[i]] = True
+    assert visited.all()
+
+
+def test_seeds(scene):
+    video, _ = video_of(scene)
+    a, b, c = (dense_tracks(video, (8, 8), batch=16, seed=seed).tracks for seed in (1, 1, 2))
+    assert torch.equal(a.source, b.source) and torch.equal(a.xyz, b.xyz)
+    assert not torch.equal(a.source[:16], c.source[:16])
+
+
+def test_what_was_visited_needs_no_track(scene):
+    video, _ = video_of(scene)
+    visited = torch.zeros(8, 8, 8, dtype=torch.bool)
+    visited[:7] = True
+    tracks = dense_tracks(video, (8, 8), visited=visited).tracks
+    assert (tracks.source[:, 0] == 7).all() and len(tracks.source) == 64 and visited.all()
+    nothing = dense_tracks(video, (8, 8), visited=visited)
+    assert nothing.queries == 0 and nothing.tracks.xyz.shape == (0, 8, 3)
+
+
+def test_predictions_that_are_no_places(scene, monkeypatch):
+    video, model = video_of(scene)
+    decode = model.decode
+
+    def lost(encoded, queries):
+        answers = decode(encoded, queries)
+        return answers._replace(uv=torch.where(queries.t_tgt == 3, torch.nan, 9.0)[..., None].expand(-1, -1, 2))
+
+    monkeypatch.setattr(model, "decode", lost)
+    tracks = dense_tracks(video, (4, 4), batch=8).tracks
+    # the last cell of a frame is where all visible points seem to be, but for frame 3, where they are nowhere
+    assert 8 * 16 - 7 <= len(tracks.source) <= 8 * 16 and (tracks.source[:, 0] == 3).sum() == 16
+
+
+def test_misuse(scene):
+    video, _ = video_of(scene)
+    with pytest.raises(ValueError, match="batch: wanted at least 1, got 0"):
+        dense_tracks(video, batch=0)
+    with pytest.raises(ValueError, match=r"visited: wanted bool \(8, 4, 4\), got torch.bool \(8, 4, 5\)"):
+        dense_tracks(video, (4, 4), visited=torch.zeros(8, 4, 5, dtype=torch.bool))
