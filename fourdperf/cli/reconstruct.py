@@ -4,6 +4,7 @@ Everything goes into one folder: the arrays, files for other programs, films, an
 """
 
 import sys
+import zipfile
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from itertools import islice
@@ -180,10 +181,8 @@ def _sources(path: Path) -> np.ndarray:
             names = list(file)
             if "source" in names:
                 return file["source"]
-    except (ValueError, EOFError, OSError, TypeError) as error:
+    except (ValueError, EOFError, OSError, TypeError, zipfile.BadZipFile, zipfile.zlib.error) as error:
         raise ValueError(f"--tracks: {path} is no .npz file, or broken: {error}") from error
-    except Exception as error:  # zipfile and zlib have errors of their own
-        raise ValueError(f"--tracks: {path} is broken: {error}") from error
     raise ValueError(f"--tracks: wanted an array named source in {path}, got {', '.join(names) or 'none'}")
 
 
