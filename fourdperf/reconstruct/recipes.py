@@ -71,7 +71,7 @@ class EncodedVideo:
     Args:
         model: a D4RT; it runs where its parameters are, in the mode (and autocast) it finds.
         frames: `(T, H, W, 3)` of any size, uint8 or floating in [0, 1]; T at most the model's `num_frames`. They are
-            squeezed to the model's size, and W / H is told to it.
+            squeezed to the model's size (8 bits a colour, but for frames that have this size), and W / H is told to it.
         high_resolution: cut the queries' RGB patches from ``frames`` as they are, in place of the squeezed ones.
         progress: show progress bars.
 
@@ -98,8 +98,7 @@ class EncodedVideo:
         self.queries, self.decode_seconds = 0, 0.0
 
         height, width = self.frames.shape[1:3]
-        squeezed = torch.from_numpy(np.stack([resize_frame(frame, self.size) for frame in self.frames.numpy()]))
-        video = squeezed[None].to(self.device).float() / 255
+        video = self._squeezed(torch.as_tensor(frames))[None].to(self.device)
         patches = self.frames[None].to(self.device) if high_resolution and self.size != (height, width) else None
         start = self._now()
         with torch.inference_mode():
@@ -108,6 +107,12 @@ class EncodedVideo:
 
     def __len__(self) -> int:
         return len(self.frames)
+
+    def _squeezed(self, frames: Tensor) -> Tensor:
+        if frames.is_floating_point() and frames.shape[1:3] == self.size:
+            return frames.float()  # not rounded to 8 bits
+        squeezed = np.stack([resize_frame(frame, self.size) for frame in self.frames.numpy()])
+        return torch.from_numpy(squeezed).float() / 255
 
     def ask(
         self, count: int, make: Callable[[Tensor], Queries], fields: tuple[str, ...], label: str | None = None

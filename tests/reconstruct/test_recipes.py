@@ -134,6 +134,15 @@ def test_what_the_model_is_shown(scene):
     assert torch.equal(video.frames, frames)
 
 
+def test_what_has_the_model_s_size_is_shown_as_it_is(scene, monkeypatch):
+    model, shown = Oracle(scene, 6), []
+    monkeypatch.setattr(model, "encode", lambda video, *rest: shown.append(video))
+    frames = torch.rand(3, *SIZE, 3, generator=torch.Generator().manual_seed(0))
+    EncodedVideo(model, frames)
+    EncodedVideo(model, (255 * frames).round().to(torch.uint8))
+    assert torch.equal(shown[0][0], frames) and torch.equal(shown[1][0], (255 * frames).round() / 255)
+
+
 @pytest.mark.parametrize(
     "make, message",
     [
