@@ -1,15 +1,19 @@
 """``fourdperf train``: train a model, from the command line or a YAML file, and go on after any interruption."""
 
+import importlib.util
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fourdperf.data.files import output_folder, write_text
 
+if TYPE_CHECKING:
+    from lightning import Trainer
+    from torch.utils.data import Dataset
+
 __all__ = ["d4rt", "train"]
 
-Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
-Strategy = Literal["auto", "ddp", "fsdp"]
+BATCHES_PER_EPOCH = 1000  # where clips have no end
 
 
 def d4rt(
@@ -26,19 +30,20 @@ def d4rt(
     final_lr: float = 1e-6,
     warmup_steps: int | None = None,
     weight_decay: float = 0.03,
-    max_epochs: int | None = None,
+    max_epochs: int = 100,
     max_steps: int | None = None,
     minutes: float | None = None,
     devices: int = 1,
     accelerator: Literal["auto", "cpu", "gpu"] = "auto",
-    strategy: Strategy = "auto",
-    precision: Precision = "32-true",
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto",
+    precision: Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed"] = "32-true",
     accumulate_grad_batches: int = 1,
     ckpt: Path | None = None,
     out: Path = Path("d4rt_run"),
     seed: int = 0,
     scenes: int | None = None,
     cache: Path | None = None,
+    intrinsics: Literal["normalised", "pixels", "pixels_integer_centres"] = "pixels",
     workers: int = 1,
     photometric: bool = True,
     crop: float = 1.0,
@@ -52,35 +57,37 @@ def d4rt(
     """Trains D4RT on point queries.
 
     Writes to the folder --out: last.ckpt (everything, to go on from with --ckpt), model (config and weights for
-    from_pretrained), train.csv and val.csv, TensorBoard logs if that is installed, and options.json.
+    from_pretrained), train.csv, val.csv, pictures, TensorBoard logs where that is installed, and options.json.
 
     Args:
-        train_data_path: The clips to train on; without it, synthetic scenes without end.
-        val_data_path: The clips to validate on; without it, held-out synthetic scenes.
+        train_data_path: A folder of videos in a known layout, or module:name of a data set of your own; without it,
+            synthetic scenes without end.
+        val_data_path: The same to validate on; without it, held-out synthetic scenes.
         num_queries: Queries per clip.
         num_frames: Frames per clip.
         img_size: Height and width that frames are squeezed to.
         batch_size: Clips per process and batch.
-        variant: The size of the model: tiny, S, B, L, H or g.
+        variant: The size of the model, tiny, S, B, L, H or g.
         model: Fields of the model's config that differ from the variant's.
-        init: A folder with a model to start from, in place of random weights.
+        init: A folder with a model to start from, in place of random weights and --variant.
         lr: The peak learning rate.
-        final_lr: The learning rate at --max_steps.
+        final_lr: The learning rate at the last step.
         warmup_steps: Steps to the peak; by default 2500, but at most a tenth of all.
         weight_decay: Of AdamW.
-        max_epochs: Passes over the training clips; of endless scenes, over 1000 batches.
-        max_steps: Optimiser steps, in place of --max_epochs; by default 100 epochs.
-        minutes: Stop after this time with a checkpoint; the learning rate still follows --max_steps.
+        max_epochs: Passes over the training clips; a pass over clips without end has 1000 batches.
+        max_steps: Optimiser steps, in place of --max_epochs.
+        minutes: Stop after this time with a checkpoint; the learning rate still follows the steps.
         devices: Processes, one per device.
         accelerator: Where to train.
-        strategy: How several devices share the work.
-        precision: Number type of the matrix products.
+        strategy: How several devices share the work; fsdp also shares out the weights.
+        precision: Number type of the computation.
         accumulate_grad_batches: Batches per optimiser step.
         ckpt: The checkpoint to go on from; the other options must be those of its run.
         out: The folder for the results.
         seed: Of the initial weights and of all random choices.
         scenes: How many different synthetic scenes to train on; by default a new one for every clip.
         cache: A folder that keeps rendered scenes; only useful with --scenes.
+        intrinsics: The unit of intrinsics in the dictionaries of a data set of your own.
         workers: Processes that prepare clips, per device.
         photometric: Change colours and blur at random.
         crop: Crop frames at random, to this share of their area at least; the paper has 0.3.
@@ -91,97 +98,133 @@ def d4rt(
         val_clips: Synthetic clips per validation.
         save_every: Steps from one checkpoint to the next.
     """
-    options = {name: value for name, value in locals().items() if value is not None}
-    from lightning import Trainer, seed_everything
-    from lightning.pytorch.callbacks import TQDMProgressBar
+    options = dict(locals())
+    _check(options)
+    from lightning import seed_everything
 
     from fourdperf.models.d4rt import D4RT, Config
-    from fourdperf.train.callbacks import AtomicCheckpoints, Checkpoints, Curves
     from fourdperf.train.d4rt import ClipData, D4RTTraining
     from fourdperf.train.schedule import warmup_within
 
-    for name in ("batch_size", "accumulate_grad_batches", "log_every", "val_every", "save_every", "devices"):
-        if options[name] < 1:
-            raise ValueError(f"--{name}: wanted at least 1, got {options[name]}")
-    if ckpt is not None and not ckpt.is_file():
-        raise FileNotFoundError(f"--ckpt: no such file: {ckpt}")
     seed_everything(seed, verbose=False)
     if init is not None:
         network = D4RT.from_pretrained(init)
     else:
         sizes = {"num_frames": num_frames, "image_size": img_size}
         network = D4RT(Config.from_variant(variant, **{**sizes, **(model or {})}))
-    clips = _clips(train_data_path, "train", options)
-    per_epoch = scenes or 1000 * batch_size * devices
+    clips, val = _clips(train_data_path, "train", options), _clips(val_data_path, "val", options)
     if max_steps is None:
-        max_steps = max(1, (max_epochs or 100) * per_epoch // (batch_size * devices * accumulate_grad_batches))
+        batches = _batches(clips, batch_size * devices)
+        max_steps = max(1, max_epochs * batches // accumulate_grad_batches)
     warmup = warmup_within(max_steps) if warmup_steps is None else warmup_steps
-    module = D4RTTraining(
-        network,
-        max_steps,
-        lr=lr,
-        final_lr=final_lr,
-        warmup_steps=warmup,
-        weight_decay=weight_decay,
-        seed=seed,
-    )
-    data = ClipData(clips, _clips(val_data_path, "val", options), batch_size, workers)
+    rates = {"lr": lr, "final_lr": final_lr, "warmup_steps": warmup, "weight_decay": weight_decay}
+    module = D4RTTraining(network, max_steps, **rates, seed=seed)
     parameters = sum(p.numel() for p in network.parameters())
-    print(f"D4RT, {parameters / 1e6:.1f} M parameters; {max_steps} steps, warm-up {warmup}; results in {out}")
     with output_folder(out):
-        if ckpt is None:
-            plain = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
-            write_text(out / "options.json", json.dumps(plain, indent=2) + "\n")
-        trainer = Trainer(
-            accelerator=accelerator,
-            devices=devices,
-            strategy=strategy,
-            precision=precision,
-            max_steps=max_steps,
-            max_epochs=-1,
-            accumulate_grad_batches=accumulate_grad_batches,
-            val_check_interval=val_every * accumulate_grad_batches,
-            check_val_every_n_epoch=None,
-            num_sanity_val_steps=0,
-            log_every_n_steps=log_every,
-            logger=_loggers(out),
-            callbacks=[Curves(out, log_every), Checkpoints(out, save_every, minutes), TQDMProgressBar(log_every)],
-            plugins=[AtomicCheckpoints()],
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-        )
-        trainer.fit(module, data, ckpt_path=ckpt)
-    print(f"{trainer.global_step} steps done; wrote {out / 'last.ckpt'} and {out / 'model'}")
+        trainer = _trainer(options, max_steps, val)
+        if trainer.is_global_zero:
+            print(f"D4RT, {parameters / 1e6:.1f} M parameters; {max_steps} steps, warm-up {warmup}; results in {out}")
+            if ckpt is None:
+                plain = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+                write_text(out / "options.json", json.dumps(plain, indent=2) + "\n")
+        try:
+            trainer.fit(module, ClipData(clips, val, batch_size, workers), ckpt_path=ckpt, weights_only=True)
+        except (ValueError, OSError) as error:
+            raise _plain(error) from error
+    if trainer.is_global_zero:
+        print(f"{trainer.global_step} steps done; wrote {out / 'last.ckpt'} and {out / 'model'}")
 
 
 train = {"d4rt": d4rt}
 
 
-def _clips(path: str | None, split: str, options: dict[str, Any]):
+def _check(options: dict[str, Any]) -> None:
+    positive = ("num_queries", "num_frames", "img_size", "batch_size", "max_epochs", "devices", "stride")
+    for name in (*positive, "accumulate_grad_batches", "log_every", "val_every", "val_clips", "save_every"):
+        if options[name] < 1:
+            raise ValueError(f"--{name}: wanted at least 1, got {options[name]}")
+    if options["max_steps"] is not None and options["max_steps"] < 1:
+        raise ValueError(f"--max_steps: wanted at least 1, got {options['max_steps']}")
+    if not 0 < options["crop"] <= 1:
+        raise ValueError(f"--crop: wanted a share in (0, 1], got {options['crop']}")
+    if options["ckpt"] is not None and not options["ckpt"].is_file():
+        raise FileNotFoundError(f"--ckpt: no such file: {options['ckpt']}")
+    if importlib.util.find_spec("lightning") is None:
+        raise ImportError("fourdperf train needs the package lightning: pip install 'fourdperf[train]'")
+
+
+def _clips(path: str | None, split: Literal["train", "val"], options: dict[str, Any]) -> "Dataset":
     from fourdperf.data.augment import PhotometricConfig, ViewConfig
     from fourdperf.data.synthetic import SyntheticClips
+    from fourdperf.data.video_dataset import ClipConfig
+    from fourdperf.train.data import open_clips
 
-    training = split == "train"
-    size = (options["img_size"], options["img_size"])
-    clips = SyntheticClips(
-        split,
-        options["num_queries"],
-        options["num_frames"],
-        size,
-        seed=options["seed"],
-        scenes=options.get("scenes") if training else options["val_clips"],
-        cache=options.get("cache"),
-        colours=PhotometricConfig() if training and options["photometric"] else None,
-        view=ViewConfig(crop=options["crop"], zoom=options["zoom"], stride=options["stride"]) if training else None,
-    )
-    return clips
+    training, size = split == "train", options["img_size"]
+    view = ViewConfig(**{name: options[name] for name in ("crop", "zoom", "stride")}) if training else ViewConfig()
+    colours = PhotometricConfig() if training and options["photometric"] else None
+    queries, frames, seed = options["num_queries"], options["num_frames"], options["seed"]
+    if path is not None:
+        config = ClipConfig(queries, frames, size, view, colours)
+        return open_clips(path, config, seed=seed, endless=training, intrinsics=options["intrinsics"])
+    scenes = options["scenes"] if training else options["val_clips"]
+    common = {"seed": seed, "scenes": scenes, "cache": options["cache"]}
+    return SyntheticClips(split, queries, frames, (size, size), **common, colours=colours, view=view)
 
 
-def _loggers(out: Path) -> list:
+def _batches(clips: "Dataset", together: int) -> int:
+    """The batches of a pass, `together` clips each over all processes."""
     try:
-        from lightning.pytorch.loggers import TensorBoardLogger
+        return max(1, len(clips) // together)
+    except TypeError:
+        return BATCHES_PER_EPOCH
 
-        return [TensorBoardLogger(out, name="tensorboard", version="")]
-    except ModuleNotFoundError:
-        return []
+
+def _trainer(options: dict[str, Any], max_steps: int, val: "Dataset") -> "Trainer":
+    from lightning import Trainer
+    from lightning.pytorch.callbacks import TQDMProgressBar
+    from lightning.pytorch.loggers import TensorBoardLogger
+    from lightning.pytorch.strategies import ModelParallelStrategy
+    from torch.utils.data import IterableDataset
+
+    from fourdperf.train.callbacks import AtomicCheckpoints, Checkpoints, Curves
+    from fourdperf.train.pictures import Pictures
+
+    out, strategy, devices = options["out"], options["strategy"], options["devices"]
+    if strategy == "fsdp":
+        strategy = ModelParallelStrategy(devices, 1, save_distributed_checkpoint=False)
+    callbacks = [
+        Curves(out, options["log_every"]),
+        Checkpoints(out, options["save_every"], options["minutes"]),
+        TQDMProgressBar(options["log_every"]),
+    ]
+    if not isinstance(val, IterableDataset):
+        callbacks.append(Pictures(out, val))
+    tensorboard = importlib.util.find_spec("tensorboard") is not None
+    return Trainer(
+        accelerator=options["accelerator"],
+        devices=devices,
+        strategy=strategy,
+        precision=options["precision"],
+        max_steps=max_steps,
+        max_epochs=-1,
+        accumulate_grad_batches=options["accumulate_grad_batches"],
+        val_check_interval=options["val_every"] * options["accumulate_grad_batches"],
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        log_every_n_steps=options["log_every"],
+        logger=TensorBoardLogger(out, name="tensorboard", version="") if tensorboard else False,
+        callbacks=callbacks,
+        plugins=[AtomicCheckpoints()],
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+
+
+def _plain(error: Exception) -> Exception:
+    """The error of a worker without the traceback that torch puts into its message."""
+    text = str(error)
+    if "Original Traceback" not in text:
+        return error
+    kind = next(kind for kind in (FileNotFoundError, OSError, ValueError) if isinstance(error, kind))
+    return kind(text.strip().splitlines()[-1].partition(": ")[2])

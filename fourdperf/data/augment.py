@@ -106,9 +106,7 @@ class View(NamedTuple):
             max(1, math.ceil(float(extent.max()) * pixels / out))
             for extent, pixels, out in zip((height, width), video.shape[1:3], size)
         ]
-        rows, columns = (
-            ((torch.arange(out * n) + 0.5) / (out * n)).to(video) for out, n in zip(size, samples)
-        )
+        rows, columns = (((torch.arange(out * n) + 0.5) / (out * n)).to(video) for out, n in zip(size, samples))
         u, v = torch.broadcast_tensors(left + columns * width, top + rows[:, None] * height)
         grid = torch.stack([u, v], -1) * 2 - 1
         seen = F.grid_sample(
@@ -168,8 +166,7 @@ def photometric(video: Tensor, config: PhotometricConfig, generator: Generator) 
     """A new video `(T, H, W, 3)` in [0, 1] with other colours, and perhaps blurred."""
     draw = torch.rand(7, generator=generator).tolist()
     brightness, contrast, saturation = (
-        1 + (2 * x - 1) * extent
-        for x, extent in zip(draw, (config.brightness, config.contrast, config.saturation))
+        1 + (2 * x - 1) * extent for x, extent in zip(draw, (config.brightness, config.contrast, config.saturation))
     )
     angle = 2 * math.pi * (2 * draw[3] - 1) * config.hue
     if draw[4] < config.drop:

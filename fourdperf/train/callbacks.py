@@ -11,16 +11,26 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from fourdperf.data.files import atomic_path, write_text
+from fourdperf.models.checkpoint import Entry, write_checkpoint
+from fourdperf.models.d4rt import MODEL
 
 __all__ = ["AtomicCheckpoints", "Checkpoints", "Curves"]
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
-    """Lightning's checkpoints, written whole or not at all, and read without unpickling code."""
+    """Lightning's checkpoints, written whole or not at all, and read without unpickling code; the network alone is
+    written beside each, to the folder `model`, for `from_pretrained`."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options=None) -> None:
         with atomic_path(path) as temporary:
             torch.save(checkpoint, temporary)
+        weights = {
+            name.removeprefix("model."): tensor
+            for name, tensor in checkpoint["state_dict"].items()
+            if name.startswith("model.")
+        }
+        entries = [Entry(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items()]
+        write_checkpoint(Path(path).parent / "model", MODEL, checkpoint["model_config"], entries, weights.values())
 
     def load_checkpoint(self, path: str | os.PathLike, map_location=None, weights_only=None) -> dict[str, Any]:
         if not Path(path).is_file():
@@ -36,7 +46,7 @@ class AtomicCheckpoints(TorchCheckpointIO):
 
 class Checkpoints(Callback):
     """Writes `out`/last.ckpt (everything, to go on from) every so many optimiser steps and at the end, which is at
-    max_steps or after so many minutes, and the model alone to the folder `out`/model."""
+    max_steps or after so many minutes."""
 
     def __init__(self, out: Path, every: int, minutes: float | None = None):
         self.out, self.every = out, every
@@ -57,8 +67,6 @@ class Checkpoints(Callback):
             trainer.should_stop = True
         if late or step % self.every == 0 or step >= trainer.max_steps:
             trainer.save_checkpoint(self.out / "last.ckpt", weights_only=False)
-            if trainer.is_global_zero and trainer.world_size == 1:
-                module.model.save_pretrained(self.out / "model")
             self.saved = step
 
 

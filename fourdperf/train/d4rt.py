@@ -3,12 +3,12 @@
 import torch
 from lightning import LightningDataModule, LightningModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from fourdperf.data.queries import Clip, stack_clips
+from fourdperf.data.queries import Clip
 from fourdperf.models.d4rt import D4RT, Prediction
 from fourdperf.train.d4rt_loss import Weights, d4rt_loss, mean_depth
-from fourdperf.train.data import loader
+from fourdperf.train.data import collate, loader, stream_loader
 from fourdperf.train.schedule import adamw, learning_rate
 
 __all__ = ["ClipData", "D4RTTraining"]
@@ -40,6 +40,19 @@ class D4RTTraining(LightningModule):
         self.max_steps, self.lr, self.final_lr, self.warmup_steps = max_steps, lr, final_lr, warmup_steps
         self.weight_decay, self.clip, self.seed = weight_decay, clip, seed
         self.weights = weights or Weights()
+        self.sharded = False
+
+    def configure_model(self) -> None:
+        """Under FSDP every block's parameters are sharded over the processes (torch's fully_shard)."""
+        mesh = self.device_mesh
+        if mesh is None or self.sharded:
+            return
+        from torch.distributed.fsdp import fully_shard
+
+        for block in (*self.model.encoder.layers, *self.model.decoder.blocks):
+            fully_shard(block, mesh=mesh["data_parallel"])
+        fully_shard(self.model, mesh=mesh["data_parallel"])
+        self.sharded = True
 
     def forward(self, batch: Clip) -> Prediction:
         return self.model(batch.video, batch.queries, batch.aspect_ratio, batch.patch_video)
@@ -58,17 +71,24 @@ class D4RTTraining(LightningModule):
         values = {f"val/{name}": value for name, value in terms.items()}
         self.log_dict(values, batch_size=len(batch.video), on_epoch=True, sync_dist=True)
 
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["model_config"] = self.model.config.to_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        ours, theirs = self.model.config.to_dict(), checkpoint.get("model_config")
+        if theirs is not None and theirs != ours:
+            different = [f"{name} {theirs.get(name)}" for name in ours if theirs.get(name) != ours[name]]
+            raise ValueError(f"--ckpt: its model has {', '.join(different)}; give the options its run was started with")
+
     def configure_optimizers(self) -> dict:
         optimizer = adamw(self.parameters(), self.lr, self.weight_decay)
-        share = lambda step: (
-            learning_rate(step, self.max_steps, self.warmup_steps, self.lr, self.final_lr) / self.lr
-        )
+        share = lambda step: learning_rate(step, self.max_steps, self.warmup_steps, self.lr, self.final_lr) / self.lr
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        sharded = getattr(self.trainer.model, "clip_grad_norm_", None)  # FSDP's own, over all shards
-        norm = sharded(self.clip) if sharded else torch.nn.utils.clip_grad_norm_(self.parameters(), self.clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters(), self.clip)
+        norm = norm.full_tensor() if self.sharded else norm
         if not norm.isfinite():
             # Gradients are averaged over the processes before this, so that all of them stop here.
             raise ValueError(
@@ -96,7 +116,8 @@ def quick_metrics(prediction: Prediction, batch: Clip) -> dict[str, Tensor]:
 class ClipData(LightningDataModule):
     """Clips for training and validation.
 
-    train: endless, `train[number]` for any number (`fourdperf.train.data`). val: finite.
+    train: endless, `train[number]` for any number (`fourdperf.train.data`), or a stream of shards, which has no exact
+    place to go on from. val: finite.
     """
 
     def __init__(self, train: Dataset, val: Dataset | None, batch_size: int, workers: int = 0) -> None:
@@ -105,12 +126,16 @@ class ClipData(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         trainer = self.trainer
+        if isinstance(self.train, IterableDataset):  # shards share themselves out
+            return stream_loader(self.train, self.batch_size, self.workers)
         had = lambda: trainer.global_step * trainer.accumulate_grad_batches
         return loader(self.train, self.batch_size, self.workers, trainer.global_rank, trainer.world_size, had)
 
     def val_dataloader(self) -> DataLoader | list:
         if self.val is None:
             return []
+        if isinstance(self.val, IterableDataset):
+            return stream_loader(self.val, self.batch_size, self.workers)
         mine = range(self.trainer.global_rank, len(self.val), self.trainer.world_size)
         part = torch.utils.data.Subset(self.val, mine)
-        return DataLoader(part, self.batch_size, collate_fn=stack_clips, num_workers=self.workers)
+        return DataLoader(part, self.batch_size, collate_fn=collate, num_workers=self.workers)

@@ -108,9 +108,7 @@ def d4rt_loss(
         "xyz": (xyz - true_xyz).abs().mean(-1) * prediction.confidence.sigmoid(),
         "confidence": _penalty(prediction.confidence, formula),
         "uv": (prediction.uv - truth["uv"]).abs().mean(-1),
-        "visibility": F.binary_cross_entropy_with_logits(
-            prediction.visibility, truth["visibility"], reduction="none"
-        ),
+        "visibility": F.binary_cross_entropy_with_logits(prediction.visibility, truth["visibility"], reduction="none"),
         "displacement": (shift - true_shift).abs().mean(-1),
         "normal": 1 - F.cosine_similarity(prediction.normal, truth["normal"], dim=-1),
     }

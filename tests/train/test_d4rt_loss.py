@@ -68,7 +68,7 @@ B_NAMES = {
     "confidence": "confidence",
 }
 B_MASKS = {"xyz": "3d", "uv": "2d", "visibility": "vis", "displacement": "disp", "normal": "normal"}
-B_TERMS = {"xyz": "3d", "uv": "2d", "visibility": "vis", "displacement": "disp", "normal": "normal", "confidence": "conf"}
+B_TERMS = B_MASKS | {"confidence": "conf"}
 
 
 @pytest.mark.parametrize("kind", ["masked", "negdepth", "nomask"])
