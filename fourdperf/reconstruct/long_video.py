@@ -127,7 +127,8 @@ def reconstruct(
         ValueError: frames or sources that do not fit, or an option out of range.
     """
     began = time.perf_counter()
-    frames, length = check_frames(frames), model.config.num_frames
+    given, length = torch.as_tensor(frames), model.config.num_frames
+    frames = check_frames(given)
     overlap = max(1, length // 2) if overlap is None else overlap
     if len(frames) > length and not 1 <= overlap < length:
         raise ValueError(f"overlap: wanted 1 to {length - 1} frames of the model's {length}, got {overlap}")
@@ -136,16 +137,17 @@ def reconstruct(
     cloud_size = tuple(cloud_size or model.config.image_size)
     parts = chunks(len(frames), length, overlap)
     source = None if isinstance(track, str) and track == "all" else _source(track, len(frames))
-    followed = _TrackBook(parts, source, cloud_size, seed)
+    book = _TrackBook(parts, source, cloud_size, seed)
 
-    videos, worlds, maps, clouds, poses, cameras = [], [], [], [], [], []
+    videos, worlds, answers = [], [], []
     ending = None  # of the chunk before: its cloud of the frames that it shares with the next
 
     def show(chunk: Chunk) -> EncodedVideo:
-        shown = frames[chunk.start : chunk.stop]
-        video = EncodedVideo(model, shown, high_resolution=high_resolution, progress=progress)
-        videos.append(video)
-        return video
+        if videos:
+            videos[-1].forget()
+        shown = given[chunk.start : chunk.stop]
+        videos.append(EncodedVideo(model, shown, high_resolution=high_resolution, progress=progress))
+        return videos[-1]
 
     for k, chunk in enumerate(parts):
         video = show(chunk)
@@ -157,61 +159,89 @@ def reconstruct(
             shared = chunk.local(parts[k + 1].start, chunk.stop)
             ending = point_cloud(video, 0, JOIN_GRID, shared)
         worlds.append(world)
-        found = depth(video, depth_size, chunk.owned)
-        maps.append(found._replace(depth=world.scale * found.depth))
-        found = point_cloud(video, 0, cloud_size, chunk.owned)
-        clouds.append(found._replace(points=world(found.points.view(-1, 3).double())))
-        poses.append(world.pose(extrinsics(video, camera_grid).double())[list(chunk.owned)])
-        found = intrinsics(video, camera_grid, shared=shared_intrinsics, distortion=distortion)
-        cameras.append(Intrinsics(*(part[list(chunk.owned)] for part in found)))
-        followed.forward(k, video, world)
-        video.forget()
+        cameras = intrinsics(video, camera_grid, shared=shared_intrinsics, distortion=distortion)
+        answers.append(_answer(video, chunk.owned, world, depth_size, cloud_size, camera_grid, cameras))
+        book.forward(k, video, world)
     for k in reversed(range(len(parts) - 1)):
-        if followed.reaches_back(k):
-            video = show(parts[k])
-            followed.backward(k, video, worlds[k])
-            video.forget()
+        if book.reaches_back(k):
+            book.backward(k, show(parts[k]), worlds[k])
 
-    points, point_colors, point_frame = _kept(clouds, frames, cloud_size, keep)
-    matrix, k = (torch.cat(found) for found in zip(*cameras))
+    answer = _Answer(*(torch.cat(found) for found in zip(*answers)))
     if shared_intrinsics:
-        matrix, k = (found.median(0).values.expand_as(found) for found in (matrix, k))
-    tracks = followed.tracks(len(frames))
-    encode_seconds, decode_seconds = (
-        sum(getattr(video, name) for video in videos) for name in ("encode_seconds", "decode_seconds")
-    )
-    queries, seconds = sum(video.queries for video in videos), time.perf_counter() - began
-    stats = {
-        "frames": len(frames),
-        "chunks": len(parts),
-        "queries": queries,
-        "track_queries": followed.queries,
-        "seconds": seconds,
-        "encode_seconds": encode_seconds,
-        "decode_seconds": decode_seconds,
-        "queries_per_second": queries / decode_seconds,
-        "fps": len(frames) / seconds,
-        "device": str(videos[0].device),
+        matrix, k = (found.median(0).values.expand_as(found) for found in (answer.intrinsics, answer.distortion))
+        answer = answer._replace(intrinsics=matrix, distortion=k)
+    frame = torch.arange(len(frames)).repeat_interleave(math.prod(cloud_size))
+    colours = _colours(frames, frame, pixel_centres(cloud_size).repeat(len(frames), 1))
+    best = answer.confidence.topk(math.ceil(keep * len(answer.confidence))).indices.sort().values
+    tracks = book.tracks(len(frames))
+    arrays = {
+        "video": frames,
+        "depth": answer.depth,
+        "depth_confidence": answer.depth_confidence,
+        "world_from_camera": answer.poses,
+        "intrinsics": answer.intrinsics,
+        "distortion": answer.distortion,
+        "points": answer.points[best],
+        "point_colors": colours[best],
+        "point_frame": frame[best],
+        "tracks": tracks.xyz,
+        "tracks_uv": tracks.uv,
+        "tracks_visible": tracks.visible,
+        "track_colors": _colours(frames, tracks.source[:, 0].long(), tracks.source[:, 1:]),
+        "track_source": tracks.source,
     }
+    stats = _stats(videos, parts, time.perf_counter() - began) | {"track_queries": book.queries}
     if source is None:
         stats["naive_queries"] = 2 * len(frames) * math.prod(cloud_size) * sum(c.stop - c.start for c in parts)
-    return Reconstruction(
-        video=frames.numpy(),
-        depth=torch.cat([found.depth for found in maps]).numpy(),
-        depth_confidence=torch.cat([found.confidence for found in maps]).numpy(),
-        world_from_camera=torch.cat(poses).numpy(),
-        intrinsics=matrix.numpy(),
-        distortion=k.numpy(),
-        points=points.numpy(),
-        point_colors=point_colors.numpy(),
-        point_frame=point_frame.numpy(),
-        tracks=tracks.xyz.numpy(),
-        tracks_uv=tracks.uv.numpy(),
-        tracks_visible=tracks.visible.numpy(),
-        track_colors=_colours(frames, tracks.source[:, 0].long(), tracks.source[:, 1:]).numpy(),
-        track_source=tracks.source.numpy(),
-        stats=stats,
+    return Reconstruction(**{name: array.numpy() for name, array in arrays.items()}, stats=stats)
+
+
+class _Answer(NamedTuple):
+    """What a chunk says of its frames, n of them: depth and its confidence `(n, h, w)`; points `(n h' w', 3)` and their
+    confidence; poses, intrinsics, distortion. In the world of the whole video."""
+
+    depth: Tensor
+    depth_confidence: Tensor
+    points: Tensor
+    confidence: Tensor
+    poses: Tensor
+    intrinsics: Tensor
+    distortion: Tensor
+
+
+def _answer(
+    video: EncodedVideo,
+    frames: range,
+    world: Sim3,
+    depth_size: tuple[int, int] | None,
+    cloud_size: tuple[int, int],
+    camera_grid: tuple[int, int],
+    cameras: Intrinsics,
+) -> _Answer:
+    maps = depth(video, depth_size, frames)
+    cloud = point_cloud(video, 0, cloud_size, frames)
+    return _Answer(
+        depth=world.scale.float() * maps.depth,
+        depth_confidence=maps.confidence,
+        points=world(cloud.points.view(-1, 3).double()).float(),
+        confidence=cloud.confidence.flatten(),
+        poses=world.pose(extrinsics(video, camera_grid).double())[list(frames)],
+        intrinsics=cameras.matrix[list(frames)],
+        distortion=cameras.distortion[list(frames)],
     )
+
+
+def _stats(videos: list[EncodedVideo], parts: list[Chunk], seconds: float) -> dict[str, float | int | str]:
+    names = ("queries", "encode_seconds", "decode_seconds")
+    totals = {name: sum(getattr(video, name) for video in videos) for name in names}
+    return totals | {
+        "frames": parts[-1].last,
+        "chunks": len(parts),
+        "seconds": seconds,
+        "queries_per_second": totals["queries"] / totals["decode_seconds"],
+        "fps": parts[-1].last / seconds,
+        "device": str(videos[0].device),
+    }
 
 
 def _identity() -> Sim3:
@@ -233,15 +263,6 @@ def _colours(frames: Tensor, frame: Tensor, uv: Tensor) -> Tensor:
     height, width = frames.shape[1:3]
     column, row = ((uv[:, i] * n).long().clamp(0, n - 1) for i, n in ((0, width), (1, height)))
     return frames[frame, row, column]
-
-
-def _kept(clouds: list[Cloud], frames: Tensor, size: tuple[int, int], keep: float) -> tuple[Tensor, Tensor, Tensor]:
-    points = torch.cat([cloud.points for cloud in clouds]).float()
-    confidence = torch.cat([cloud.confidence.flatten() for cloud in clouds])
-    frame = torch.arange(len(frames)).repeat_interleave(math.prod(size))
-    colours = _colours(frames, frame, pixel_centres(size).repeat(len(frames), 1))
-    best = confidence.topk(math.ceil(keep * len(confidence))).indices.sort().values
-    return points[best], colours[best], frame[best]
 
 
 class _Run(NamedTuple):
