@@ -63,18 +63,30 @@ class PointOdyssey(Source):
             self.anno.shape("trajs_3d", (count, points, 3))
         self.num_frames = count
         self.rgbs = numbered(self.files, "rgbs", count, "rgb_{:05d}.jpg")
+        if not count:
+            raise ValueError(f"{self.anno.label}: wanted at least one frame, got arrays for none")
         if not self.rgbs:
             raise FileNotFoundError(f"{self.files.label('rgbs')}: wanted {count} frames rgb_00000.jpg ..., found none")
         self.depths = numbered(self.files, "depths", count, "depth_{:05d}.png")
         self.normals = numbered(self.files, "normals", count, "normal_{:05d}.jpg")
-        self.size = self.frames([0])[0].shape[:2] if count else (0, 0)
+        self.size = self._image(self.rgbs[0], cv2.IMREAD_COLOR_RGB).shape[:2]
+        label = self.anno.label
+        self.k = normalise_intrinsics(self.anno.all("intrinsics"), self.size, f"{label}: intrinsics")
+        camera_from_world = check_poses(self.anno.all("extrinsics"), f"{label}: extrinsics", ROTATION_TOLERANCE)
+        self.poses = np.linalg.inv(camera_from_world)
 
     def contents(self) -> list[str]:
         there = {"depth": self.depths, "normals": self.normals, f"{3 if self.has_xyz else 2}-D tracks": True}
         return [what for what, found in there.items() if found] + ["poses", "intrinsics"]
 
     def frames(self, numbers: Sequence[int]) -> list[np.ndarray]:
-        return [self._image(self.rgbs[number], cv2.IMREAD_COLOR_RGB) for number in numbers]
+        frames = []
+        for name in (self.rgbs[number] for number in numbers):
+            frames.append(self._image(name, cv2.IMREAD_COLOR_RGB))
+            if frames[-1].shape[:2] != self.size:
+                label = self.files.label(name)
+                raise ValueError(f"{label}: wanted {self.size} as the first frame, got {frames[-1].shape[:2]}")
+        return frames
 
     def depth(self, number: int) -> np.ndarray | None:
         if not self.depths:
@@ -90,19 +102,17 @@ class PointOdyssey(Source):
         if not self.normals:
             return None
         stored = self._image(self.normals[number], cv2.IMREAD_COLOR_RGB)
-        camera_from_world = np.linalg.inv(self.world_from_camera([number])[0])[:3, :3]
-        turn = (camera_from_world @ WORLD_FROM_BLENDER).astype(np.float32)
+        turn = (self.poses[number, :3, :3].T @ WORLD_FROM_BLENDER).astype(np.float32)
         normal = (stored * np.float32(2 / 255) - 1) @ turn.T
         length = np.linalg.norm(normal, axis=-1, keepdims=True)
         known = np.abs(length - 1) < LENGTH_TOLERANCE
         return np.where(known, normal / np.where(known, length, 1), np.float32(np.nan))
 
     def intrinsics(self, numbers: Sequence[int]) -> np.ndarray:
-        return normalise_intrinsics(self.anno.rows("intrinsics", numbers), self.size, f"{self.anno.label}: intrinsics")
+        return self.k[list(numbers)]
 
     def world_from_camera(self, numbers: Sequence[int]) -> np.ndarray:
-        camera_from_world = self.anno.rows("extrinsics", numbers)
-        return np.linalg.inv(check_poses(camera_from_world, f"{self.anno.label}: extrinsics", ROTATION_TOLERANCE))
+        return self.poses[list(numbers)]
 
     def tracks(self, numbers: Sequence[int]) -> Tracks:
         uv = self.anno.rows("trajs_2d", numbers).astype(np.float32) / np.float32(self.size[::-1])

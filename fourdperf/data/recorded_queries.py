@@ -147,8 +147,9 @@ def _answerable(window: Window, asked: Asked, same: Tensor) -> Queries:
         body = _bodies(window, asked)
         known = torch.from_numpy(np.isfinite(window.motion).all((-1, -2)))
         followed |= known[t_src, body] & known[t_tgt, body]
+    # where t_tgt becomes t_src, t_cam goes with it or stays apart from it as before
+    t_cam = torch.where(followed, t_cam, torch.where(same, t_src, torch.where(t_cam == t_src, t_tgt, t_cam)))
     t_tgt = torch.where(followed, t_tgt, t_src)
-    t_cam = torch.where(same, t_tgt, t_cam)
     own_camera = about_track if window.tracks is None or window.tracks.xyz is None else torch.zeros_like(about_track)
     if window.world_from_camera is None or window.intrinsics is None:
         own_camera = torch.ones_like(about_track)
@@ -267,8 +268,8 @@ def _normals(window: Window, asked: Asked, k: Tensor, pose: Tensor, turn: Tensor
 
 
 def _around(window: Window, frame: Tensor, place: Tensor, k: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The depths `(4, N)` and normals `(4, N, 3)` at the four pixels around places `(N, 2)` of frames `(N,)`; where there
-    are normals, the depths are those of planes that go on from the pixels to the place."""
+    """The depths `(4, N)` and normals `(4, N, 3)` at the four pixels around places `(N, 2)` of frames `(N,)`; with
+    normals, the depths are those of planes that go on from the pixels to the place."""
     size = torch.tensor(window.depth.shape[:0:-1])  # width, height
     last = size - 1
     corner = (place * size - 0.5).floor().long()
