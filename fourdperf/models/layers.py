@@ -63,10 +63,10 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(features, sum(self.sizes))
         self.out = nn.Linear(v_features, features)
 
-    def forward(self, tokens: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor] = attention) -> Tensor:
-        """`attend` says who attends to whom: query, key and value `(B, N, H, d)` -> heads `(B, N, H, d)`."""
+    def forward(self, tokens: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None) -> Tensor:
+        """`attend`: query, key, value `(B, N, H, d)` -> heads `(B, N, H, d)`; by default all tokens attend to all."""
         heads = (x.unflatten(-1, (self.num_heads, -1)) for x in self.qkv(tokens).split(self.sizes, dim=-1))
-        return self.out(attend(*heads).flatten(-2))
+        return self.out((attend or attention)(*heads).flatten(-2))
 
 
 class MLP(nn.Module):
@@ -108,7 +108,7 @@ class PreNormBlock(nn.Module):
 
 
 class Memory(NamedTuple):
-    """What queries attend to, projected once: per layer keys and values `(B, K, H, d)`, and the mask `(B, K)` of padding."""
+    """What queries attend to, projected once: keys and values per layer, `(B, K, H, d)`, and the padding mask `(B, K)`."""
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
@@ -172,9 +172,10 @@ class CrossDecoder(nn.Module):
         memory = decoder.prepare(features)     once per clip: keys and values of every layer
         tokens = decoder(queries, memory)      as often as there are queries
 
-    Queries never see each other, so they run in chunks whose activations fit `memory_budget` bytes; a query's result does
-    not depend on its chunk beyond the rounding of the linear layers. Training and inference are the same code. Where
-    `norm_memory`, every block has its own LayerNorm for the memory. `eps` and `approximate` (of GELU) are for checkpoints.
+    Queries never see each other, so they run in chunks whose activations fit `memory_budget` bytes; a query's result
+    does not depend on its chunk beyond the rounding of the linear layers. Training and inference are the same code.
+    Where `norm_memory`, every block has its own LayerNorm for the memory. `eps` and `approximate` (of GELU) are for
+    checkpoints.
     """
 
     def __init__(

@@ -27,7 +27,7 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: Array, attend: Callable[[Array, Array, Array], Array] = attention) -> Array:
-        """`attend` says who attends to whom: query, key and value `(B, N, H, d)` -> heads `(B, N, H, d)`."""
+        """`attend`: query, key, value `(B, N, H, d)` -> heads `(B, N, H, d)`; by default all tokens attend to all."""
 
         def project(name, features):
             shape = (self.num_heads, features // self.num_heads)
