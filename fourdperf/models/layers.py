@@ -108,7 +108,7 @@ class PreNormBlock(nn.Module):
 
 
 class Memory(NamedTuple):
-    """What queries attend to, projected once: keys and values per layer, `(B, K, H, d)`, and the padding mask `(B, K)`."""
+    """What queries attend to, projected once: keys and values `(B, K, H, d)` per layer, the padding mask `(B, K)`."""
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
