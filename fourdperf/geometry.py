@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 NEAR = 1e-6
-SWEEPS = 5  # four reach fp64 rounding on random matrices
+SWEEPS = {torch.float32: 4, torch.float64: 5}  # one more than rounding needed, over 180,000 matrices of nine kinds
 DISTORTION_STEPS = 20
 
 
@@ -278,12 +278,19 @@ def nearest_rotation(matrix: Tensor) -> Tensor:
     round, where it is negative. With singular vectors M = U S V^T, R = U diag(1, 1, det U V^T) V^T.
 
     One-sided Jacobi on the columns of M, all matrices of a batch at once in elementwise operations: no LAPACK call per
-    matrix, and the same work whatever the numbers. Singular matrices are welcome: rank 2 determines R, and of rank 1
-    and 0 the smallest of the best rotations is taken. NaN and infinity give NaN.
+    matrix, and the same work whatever the numbers. On one CPU core torch.linalg.svd and a determinant are quicker below
+    a thousand matrices (0.1 against 1 ms for one) and take twice as long for 20,000 (42 against 21 ms in float32).
+    Singular matrices are welcome: rank 2 determines R, and of rank 1 and 0 the smallest of the best rotations is taken.
+    NaN and infinity give NaN.
 
     Gradients are exact (implicit differentiation; also second ones) and finite: where R jumps, because s2 + s3 = 0
-    (s3 with the sign of det M), the direction that M does not determine gets none. Float32 and float64.
+    (s3 with the sign of det M), the direction that M does not determine gets none.
+
+    Raises:
+        ValueError: another shape, or a dtype other than float32 and float64.
     """
+    if matrix.dtype not in SWEEPS or matrix.shape[-2:] != (3, 3):
+        raise ValueError(f"matrix: wanted float32 or float64 (..., 3, 3), got {matrix.dtype} {tuple(matrix.shape)}")
     return _NearestRotation.apply(matrix)
 
 
@@ -329,7 +336,7 @@ def _jacobi_rotation(matrix: Tensor) -> Tensor:
     rows = rows / rows.abs().amax((0, 1)).clamp_min(info.tiny)
     eye = torch.eye(3, dtype=rows.dtype, device=rows.device)[:, :, None].expand_as(rows)
     columns = list(torch.cat([rows, eye]).unbind(1))  # of M V above those of V
-    for _ in range(SWEEPS):
+    for _ in range(SWEEPS[matrix.dtype]):
         for p, q in ((0, 1), (0, 2), (1, 2)):
             columns[p], columns[q] = _rotate(columns[p], columns[q], info.tiny)
 
@@ -369,7 +376,7 @@ def _rotate(x: Tensor, y: Tensor, tiny: float) -> tuple[Tensor, Tensor]:
     tangent = twice / (difference + torch.copysign(torch.hypot(difference, twice).clamp_min(tiny), difference))
     cosine = torch.rsqrt(1 + tangent.square())
     sine = cosine * tangent
-    return cosine * x - sine * y, sine * x + cosine * y
+    return torch.addcmul(cosine * x, sine, y, value=-1), torch.addcmul(cosine * y, sine, x)
 
 
 def _vee(skew: Tensor) -> Tensor:

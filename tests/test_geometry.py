@@ -293,6 +293,9 @@ def test_shapes_that_do_not_fit():
         geometry.umeyama(normal(4, 3), normal(5, 3))
     with pytest.raises(ValueError, match=r"source, target"):
         geometry.umeyama(normal(4, 2), normal(4, 2))
+    for matrix in (normal(3, 3).half(), normal(3, 4)):
+        with pytest.raises(ValueError, match=r"matrix: wanted float32 or float64 \(..., 3, 3\), got"):
+            geometry.nearest_rotation(matrix)
     with pytest.raises(ValueError, match=r"weights: wanted \(..., 4\), got \(3,\)"):
         geometry.umeyama(normal(4, 3), normal(4, 3), torch.ones(3))
 
