@@ -21,6 +21,7 @@ COMMANDS = {
     "depth": "depth maps of a video, as arrays and as pictures",
     "reconstruct": "depth, cameras, points and tracks of a video, as arrays, files and a page to turn",
     "train": "train a model, or go on with a run",
+    "evaluate": "how good a trained model is, against baselines",
     "demo": "everything on a small model, without any download",
     "export_scenes": "synthetic scenes as files, in the layouts that recorded videos have",
     "bench": "time ops and models against the best alternatives",

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import logging
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -101,6 +103,10 @@ def d4rt(
     options = dict(locals())
     _check(options)
     from lightning import seed_everything
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no advertisement
+    warnings.filterwarnings("ignore", ".*LeafSpec.*")
+    warnings.filterwarnings("ignore", ".*returned a view tensor.*")  # nothing here works in place on it
 
     from fourdperf.models.d4rt import D4RT, Config
     from fourdperf.train.d4rt import ClipData, D4RTTraining

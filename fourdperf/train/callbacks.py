@@ -13,6 +13,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from fourdperf.data.files import atomic_path, write_text
 from fourdperf.models.checkpoint import Entry, write_checkpoint
 from fourdperf.models.d4rt import MODEL
+from fourdperf.train.checkpoint import read_run
 
 __all__ = ["AtomicCheckpoints", "Checkpoints", "Curves"]
 
@@ -33,15 +34,7 @@ class AtomicCheckpoints(TorchCheckpointIO):
         write_checkpoint(Path(path).parent / "model", MODEL, checkpoint["model_config"], entries, weights.values())
 
     def load_checkpoint(self, path: str | os.PathLike, map_location=None, weights_only=None) -> dict[str, Any]:
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no such checkpoint: {path}")
-        try:
-            checkpoint = torch.load(path, map_location=map_location or "cpu", weights_only=True)
-        except Exception as error:
-            raise ValueError(f"{path}: not a complete checkpoint of fourdperf train: {error}") from error
-        if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-            raise ValueError(f"{path}: not a checkpoint of fourdperf train: there is no state_dict in it")
-        return checkpoint
+        return read_run(Path(path), map_location or "cpu")
 
 
 class Checkpoints(Callback):

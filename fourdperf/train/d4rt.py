@@ -47,10 +47,12 @@ class D4RTTraining(LightningModule):
         mesh = self.device_mesh
         if mesh is None or self.sharded:
             return
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
         for block in (*self.model.encoder.layers, *self.model.decoder.blocks):
             fully_shard(block, mesh=mesh["data_parallel"])
+        for block in self.model.decoder.blocks:
+            register_fsdp_forward_method(block, "prepare")
         fully_shard(self.model, mesh=mesh["data_parallel"])
         self.sharded = True
 
