@@ -32,6 +32,7 @@ from fourdperf.reconstruct.recipes import (
     EncodedVideo,
     Intrinsics,
     Tracks,
+    as_tensor,
     check_frames,
     check_source,
     depth,
@@ -127,7 +128,7 @@ def reconstruct(
         ValueError: frames or sources that do not fit, or an option out of range.
     """
     began = time.perf_counter()
-    given, length = torch.as_tensor(frames), model.config.num_frames
+    given, length = as_tensor(frames), model.config.num_frames
     frames = check_frames(given)
     overlap = max(1, length // 2) if overlap is None else overlap
     if len(frames) > length and not 1 <= overlap < length:
@@ -253,7 +254,7 @@ def _source(track: ArrayLike | int, number: int) -> Tensor:
     if isinstance(track, str) or (isinstance(track, int) and track < 0):
         raise ValueError(f"track: wanted a number of points per side, sources (K, 3) or 'all', got {track!r}")
     if isinstance(track, int):
-        uv = pixel_centres((track, track))
+        uv = pixel_centres((track, track)) if track else torch.empty(0, 2)
         return torch.cat([torch.zeros_like(uv[:, :1]), uv], dim=-1)
     return check_source(track, number)
 

@@ -46,13 +46,20 @@ __all__ = [
 BLOCK = 1 << 16  # queries in flight; with their answers about 7 MB
 
 
+def as_tensor(frames: ArrayLike) -> Tensor:
+    """torch.as_tensor, which takes neither arrays turned round (BGR to RGB by [..., ::-1]) nor read-only ones."""
+    if isinstance(frames, np.ndarray):
+        frames = np.require(frames, requirements=["C", "W"])
+    return torch.as_tensor(frames)
+
+
 def check_frames(frames: ArrayLike) -> Tensor:
     """Frames as uint8 `(T, H, W, 3)` on the CPU, from uint8 or from floating values in [0, 1].
 
     Raises:
         ValueError: another shape, dtype or range, or values that are not finite.
     """
-    frames = torch.as_tensor(frames).cpu()
+    frames = as_tensor(frames).cpu()
     if frames.ndim != 4 or frames.shape[-1] != 3 or not frames.numel():
         raise ValueError(f"frames: wanted (T, H, W, 3), at least one frame, got {tuple(frames.shape)}")
     if frames.dtype == torch.uint8:
@@ -98,7 +105,7 @@ class EncodedVideo:
         self.queries, self.decode_seconds = 0, 0.0
 
         height, width = self.frames.shape[1:3]
-        video = self._squeezed(torch.as_tensor(frames))[None].to(self.device)
+        video = self._squeezed(as_tensor(frames))[None].to(self.device)
         patches = self.frames[None].to(self.device) if high_resolution and self.size != (height, width) else None
         start = self._now()
         with torch.inference_mode():
@@ -153,7 +160,9 @@ class EncodedVideo:
 
 
 def pixel_centres(size: tuple[int, int], device: torch.device | str = "cpu") -> Tensor:
-    """uv of the centres of (height, width) cells, row by row: `(height * width, 2)`."""
+    """uv of the centres of (height, width) cells, row by row: `(height * width, 2)`. ValueError for less than one."""
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"size: wanted a height and a width of at least 1, got {tuple(size)}")
     v, u = ((torch.arange(n, device=device) + 0.5) / n for n in size)
     return torch.stack([u.repeat(len(v)), v.repeat_interleave(len(u))], dim=-1)
 

@@ -50,7 +50,7 @@ def test_cells_and_order_are_upstream_s(name, batch, camera, monkeypatch):
 
 @pytest.fixture(scope="module")
 def scene():
-    return Scene(5, num_frames=8, size=(32, 32))
+    return Scene(5, num_frames=8, size=(24, 24))
 
 
 def video_of(scene):
@@ -63,23 +63,23 @@ def test_every_cell_is_crossed_and_every_track_is_right(scene, camera):
     video, model = video_of(scene)
     found = dense_tracks(video, camera=camera, batch=64)
     tracks = found.tracks
-    visited = torch.zeros(8 * 32 * 32, dtype=torch.bool)
-    visited[dense.cells(tracks.uv, (32, 32))[tracks.visible]] = True
+    visited = torch.zeros(8 * 24 * 24, dtype=torch.bool)
+    visited[dense.cells(tracks.uv, (24, 24))[tracks.visible]] = True
     assert visited.all()
     again = recipes.tracks(video, tracks.source, camera)
     assert all(torch.equal(a, b) for a, b in zip(tracks, again))
     factor = 1 if camera is None else 2
-    assert found.queries == len(tracks.xyz) * 8 * factor and found.naive_queries == 8 * 8 * 32 * 32 * factor
+    assert found.queries == len(tracks.xyz) * 8 * factor and found.naive_queries == 8 * 8 * 24 * 24 * factor
     assert found.queries < found.naive_queries / 3
     assert video.queries == model.asked
 
 
 def test_no_source_was_visited_before(scene):
     video, _ = video_of(scene)
-    tracks = dense_tracks(video, batch=1, size=(6, 6)).tracks
+    tracks = dense_tracks(video, batch=1, size=(4, 4)).tracks
     cell = dense.cells(tracks.uv, (6, 6))
     own = cell[torch.arange(len(cell)), tracks.source[:, 0].long()]
-    visited = torch.zeros(8 * 36, dtype=torch.bool)
+    visited = torch.zeros(8 * 16, dtype=torch.bool)
     for i in range(len(cell)):
         assert not visited[own[i]]
         visited[cell[i, tracks.visible[i]]] = True

@@ -1,5 +1,8 @@
 """Every recipe on a model that knows the truth gives the truth."""
 
+import warnings
+
+import numpy as np
 import pytest
 import torch
 
@@ -175,6 +178,24 @@ def test_sources_that_are_refused(scene, source, message):
     video, _ = encoded(scene)
     with pytest.raises(ValueError, match=message):
         recipes.tracks(video, torch.tensor(source))
+
+
+def test_arrays_that_torch_does_not_take(scene):
+    model = Oracle(scene, 6)
+    frames = model.frames().numpy()[..., ::-1]
+    frames.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.array_equal(EncodedVideo(model, frames).frames, frames)
+
+
+def test_sizes_that_are_refused(scene):
+    video, _ = encoded(scene)
+    for size in ((0, 4), (4, -1), (4,)):
+        with pytest.raises(ValueError, match="size: wanted a height and a width of at least 1, got"):
+            recipes.depth(video, size)
+        with pytest.raises(ValueError, match="size: wanted"):
+            recipes.extrinsics(video, size)
 
 
 def test_progress_bars(scene, capsys):
