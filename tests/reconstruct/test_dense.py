@@ -77,7 +77,7 @@ def test_every_cell_is_crossed_and_every_track_is_right(scene, camera):
 def test_no_source_was_visited_before(scene):
     video, _ = video_of(scene)
     tracks = dense_tracks(video, batch=1, size=(4, 4)).tracks
-    cell = dense.cells(tracks.uv, (6, 6))
+    cell = dense.cells(tracks.uv, (4, 4))
     own = cell[torch.arange(len(cell)), tracks.source[:, 0].long()]
     visited = torch.zeros(8 * 16, dtype=torch.bool)
     for i in range(len(cell)):
