@@ -40,7 +40,7 @@ import numpy as np
 
 from fourdperf.data.cameras import OPENCV_FROM_BLENDER, check_poses, normalise_intrinsics
 from fourdperf.data.scene_files import IMAGE_SUFFIXES, FolderFiles, Npz, SceneFiles, decode_image, read_json, read_npy
-from fourdperf.data.sources import Source, Tracks, z_from_distance
+from fourdperf.data.sources import Source, Tracks, unit_normals, z_from_distance
 
 __all__ = ["VIDEO_SUFFIXES", "Folder", "find_video"]
 
@@ -231,9 +231,7 @@ class Folder(Source):
             if self.poses is None:
                 raise ValueError(f"{self.name}: normals in world coordinates need poses in cameras.npz")
             normal = normal @ self.poses[number, :3, :3].astype(np.float32)
-        length = np.linalg.norm(normal, axis=-1, keepdims=True)
-        known = np.abs(length - 1) < 0.1
-        return np.where(known, normal / np.where(known, length, 1), np.float32(np.nan))
+        return unit_normals(normal, 0.1)
 
     def instances(self, number: int) -> np.ndarray | None:
         if not self.bodies:

@@ -32,7 +32,7 @@ import numpy as np
 
 from fourdperf.data.cameras import OPENCV_FROM_BLENDER, normalise_intrinsics, rotation_from_quaternion
 from fourdperf.data.scene_files import FolderFiles, decode_image, numbered, read_json
-from fourdperf.data.sources import Source, z_from_distance
+from fourdperf.data.sources import Source, unit_normals, z_from_distance
 
 __all__ = ["Movi"]
 
@@ -124,9 +124,7 @@ class Movi(Source):
             return None
         stored = self._channels("normal", number)
         normal = (stored * np.float32(2 / 65535) - 1) @ self.poses[number, :3, :3].astype(np.float32)
-        length = np.linalg.norm(normal, axis=-1, keepdims=True)
-        known = np.abs(length - 1) < 0.1  # nothing there is (0, 0, 0), and edges are mixtures
-        return np.where(known, normal / np.where(known, length, 1), np.float32(np.nan))
+        return unit_normals(normal, 0.1)  # nothing there is (0, 0, 0), and edges are mixtures
 
     def flow(self, number: int) -> np.ndarray | None:
         if not self.maps["forward_flow"] or number == self.num_frames - 1:

@@ -31,7 +31,7 @@ import numpy as np
 
 from fourdperf.data.cameras import check_poses, normalise_intrinsics
 from fourdperf.data.scene_files import FolderFiles, Npz, decode_image, numbered
-from fourdperf.data.sources import Source, Tracks
+from fourdperf.data.sources import Source, Tracks, unit_normals
 
 __all__ = ["MAX_DEPTH", "PointOdyssey", "WORLD_FROM_BLENDER"]
 
@@ -103,10 +103,7 @@ class PointOdyssey(Source):
             return None
         stored = self._image(self.normals[number], cv2.IMREAD_COLOR_RGB)
         turn = (self.poses[number, :3, :3].T @ WORLD_FROM_BLENDER).astype(np.float32)
-        normal = (stored * np.float32(2 / 255) - 1) @ turn.T
-        length = np.linalg.norm(normal, axis=-1, keepdims=True)
-        known = np.abs(length - 1) < LENGTH_TOLERANCE
-        return np.where(known, normal / np.where(known, length, 1), np.float32(np.nan))
+        return unit_normals((stored * np.float32(2 / 255) - 1) @ turn.T, LENGTH_TOLERANCE)
 
     def intrinsics(self, numbers: Sequence[int]) -> np.ndarray:
         return self.k[list(numbers)]

@@ -33,6 +33,7 @@ from torch.utils.data import Dataset
 from fourdperf.data.cameras import normalise_intrinsics
 from fourdperf.data.queries import Clip, Queries, Targets
 from fourdperf.data.recorded_queries import known_only
+from fourdperf.geometry import project, unproject
 
 __all__ = ["SeedDataset", "clip_from_seed"]
 
@@ -205,14 +206,13 @@ def _unproject(queries: Queries, depth: Tensor, frame: Tensor, k: Tensor) -> Ten
     column, row = ((x * n).long().clamp(0, n - 1) for x, n in zip(queries.uv.unbind(-1), (width, height)))
     z = depth[frame, row, column]
     z = torch.where(z.isfinite() & (z > 0), z, torch.nan)
-    u, v = queries.uv.double().unbind(-1)
-    return torch.stack([(u - k[:, 0, 2]) / k[:, 0, 0] * z, (v - k[:, 1, 2]) / k[:, 1, 1] * z, z], -1)
+    return unproject(queries.uv.double()[:, None], z[:, None], k)[:, 0]
 
 
 def _project(xyz: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    z = xyz[:, 2:]
-    focal, centre = torch.stack([k[:, 0, 0], k[:, 1, 1]], -1), k[:, :2, 2]
-    return focal * xyz[:, :2] / z + centre, xyz.isfinite().all(-1) & (xyz[:, 2] > 0)
+    """uv (N, 2), and where the point is known and in front of the camera."""
+    uv, depth = project(xyz[:, None], k)
+    return uv[:, 0], xyz.isfinite().all(-1) & (depth[:, 0] > 0)
 
 
 def _targets(**parts: Tensor) -> Targets:

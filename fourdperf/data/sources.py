@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["Source", "Tracks", "Window", "load_window", "z_from_distance"]
+__all__ = ["Source", "Tracks", "Window", "load_window", "unit_normals", "z_from_distance"]
 
 
 class Tracks(NamedTuple):
@@ -141,6 +141,13 @@ def _stack(source: Source, what: str, numbers: Sequence[int]) -> np.ndarray | No
             )
         maps.append(found)
     return np.stack(maps) if maps else None
+
+
+def unit_normals(normal: np.ndarray, tolerance: float) -> np.ndarray:
+    """Normals (h, w, 3) float32 made of length 1; those whose length is farther than that from 1 become NaN."""
+    length = np.sqrt(np.einsum("...i,...i", normal, normal))[..., None]
+    known = np.abs(length - 1) < tolerance  # NaN is not
+    return np.where(known, normal / np.where(known, length, 1), np.float32(np.nan))
 
 
 def z_from_distance(distance: np.ndarray, intrinsics: np.ndarray) -> np.ndarray:

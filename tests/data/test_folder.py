@@ -1,6 +1,7 @@
 """The generic folder: every way to say the same, videos, tracks alone, memory, and what can be wrong."""
 
 import json
+import re
 from pathlib import Path
 
 import cv2
@@ -364,3 +365,29 @@ def test_nothing_to_learn_from(tmp_path):
     cv2.imwrite(str(tmp_path / "frames/0.png"), np.zeros((8, 8, 3), np.uint8))
     with pytest.raises(ValueError, match="wanted depth maps .* or tracks.npz, found neither"):
         Folder(tmp_path)
+
+
+def test_the_documented_conversion(tmp_path):
+    """docs/data.md: the function that converts a static scan, on files of its kind."""
+    text = (Path(__file__).parents[2] / "docs/data.md").read_text()
+    code = next(block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "def convert" in block)
+    exec(code, names := {})
+    scan = tmp_path / "scan"
+    for what in ("color", "depth", "pose", "intrinsic"):
+        (scan / what).mkdir(parents=True)
+    for i in range(4):
+        cv2.imwrite(str(scan / f"color/{i}.jpg"), np.full((30, 40, 3), 40 * i, np.uint8))
+        cv2.imwrite(str(scan / f"depth/{i}.png"), np.full((15, 20), 2500, np.uint16))
+        pose = np.eye(4)
+        pose[0, 3] = 0.1 * i
+        np.savetxt(scan / f"pose/{i}.txt", pose)
+    np.savetxt(scan / "intrinsic/intrinsic_color.txt", [[40, 0, 19.5, 0], [0, 40, 14.5, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+    names["convert"](scan, tmp_path / "out", 4)
+    source = Folder(tmp_path / "out")
+    assert source.contents() == ["depth", "static", "poses", "intrinsics"]
+    np.testing.assert_allclose(source.intrinsics([0])[0], [[1, 0, 0.5], [0, 4 / 3, 0.5], [0, 0, 1]])
+    asked, found = asked_and_answered(source, 200)
+    (uv, _, _, t_cam) = asked.queries
+    exact = torch.stack([(uv[:, 0] - 0.5) * 2.5, (uv[:, 1] - 0.5) * 1.875, torch.full((200,), 2.5)], -1)
+    exact[:, 0] += 0.1 * (asked.queries.t_src - t_cam)
+    assert (found.xyz - exact).abs().max() < 1e-5
