@@ -29,8 +29,9 @@ from fourdperf.reconstruct.page import write_page
 from fourdperf.reconstruct.ply import write_ply
 from fourdperf.reconstruct.rerun import write_rerun
 
-__all__ = ["SHIPPED_WEIGHTS", "reconstruct", "throughput", "write_results"]
+__all__ = ["SHIPPED_WEIGHTS", "read_video", "reconstruct", "throughput", "write_results"]
 
+MAX_SIDE = 640
 SHIPPED_WEIGHTS = Path(fourdperf.__file__).parent / "weights" / "d4rt"
 
 
@@ -43,7 +44,7 @@ def reconstruct(
     frames: str = "::",
     overlap: int | None = None,
     patch_resolution: Literal["model", "video"] = "model",
-    max_side: int = 640,
+    max_side: int = MAX_SIDE,
     shared_intrinsics: bool = False,
     distortion: bool = False,
     keep: float = 1.0,
@@ -87,7 +88,7 @@ def reconstruct(
     track = {"grid": grid, "all": "all"}.get(tracks)
     track = _sources(Path(tracks)) if track is None else track
     model = _load(weights, where)
-    pictures = _read(reader, chosen, max_side)
+    pictures = read_video(reader, chosen, max_side)
     out = out or Path(f"{video.stem}_reconstruction")
     size = f"{pictures.shape[1]}x{pictures.shape[2]}"
     print(f"{video}: {len(pictures)} frames, taken as {size}; the model's clip is {model.config.num_frames} frames")
@@ -109,6 +110,20 @@ def reconstruct(
     print(table.text())
     for path in write_results(out, found, reader.fps / (chosen.step or 1), video.name, table.rows):
         print(f"wrote {path}")
+
+
+def read_video(reader: VideoReader, chosen: slice = slice(None), max_side: int = MAX_SIDE) -> np.ndarray:
+    """The chosen frames, uint8 (T, H, W, 3), the longer side at most ``max_side``."""
+    scale = min(1.0, max_side / max(reader.height, reader.width))
+    size = tuple(max(1, round(side * scale)) for side in (reader.height, reader.width))
+    # reading to the end tells whether the file is whole; nothing after the last chosen frame is asked for
+    frames = islice(reader.read(), chosen.start, chosen.stop, chosen.step)
+    total = len(range(reader.frames)[chosen]) if reader.frames else None
+    bar = tqdm(frames, "reading", total=total, unit="frame", disable=None)
+    pictures = [frame if scale == 1 else resize_frame(frame, size) for frame in bar]
+    if not pictures:
+        raise ValueError(f"--frames: wanted at least one frame of {reader.path}, which has {reader.frames or 'few'}")
+    return np.stack(pictures)
 
 
 def throughput(reconstruction: Reconstruction) -> Table:
@@ -192,17 +207,3 @@ def _load(weights: Path | None, device: torch.device) -> D4RT:
     if weights is not None and not weights.exists():
         raise FileNotFoundError(f"no such weights: {weights}")
     return D4RT.from_pretrained(weights or SHIPPED_WEIGHTS, device=device)
-
-
-def _read(reader: VideoReader, chosen: slice, max_side: int) -> np.ndarray:
-    """The chosen frames, uint8 (T, H, W, 3), the longer side at most ``max_side``."""
-    scale = min(1.0, max_side / max(reader.height, reader.width))
-    size = tuple(max(1, round(side * scale)) for side in (reader.height, reader.width))
-    # reading to the end tells whether the file is whole; nothing after the last chosen frame is asked for
-    frames = islice(reader.read(), chosen.start, chosen.stop, chosen.step)
-    total = len(range(reader.frames)[chosen]) if reader.frames else None
-    bar = tqdm(frames, "reading", total=total, unit="frame", disable=None)
-    pictures = [frame if scale == 1 else resize_frame(frame, size) for frame in bar]
-    if not pictures:
-        raise ValueError(f"--frames: wanted at least one frame of {reader.path}, which has {reader.frames or 'few'}")
-    return np.stack(pictures)

@@ -49,7 +49,8 @@ def quaternions(rotations: np.ndarray) -> np.ndarray:
     r = np.asarray(rotations, np.float64)
     k = np.empty((len(r), 4, 4))
     k[:, 0, 0] = np.trace(r, axis1=1, axis2=2)
-    k[:, 0, 1:] = k[:, 1:, 0] = np.stack([r[:, 2, 1] - r[:, 1, 2], r[:, 0, 2] - r[:, 2, 0], r[:, 1, 0] - r[:, 0, 1]], -1)
+    odd = r - r.swapaxes(1, 2)
+    k[:, 0, 1:] = k[:, 1:, 0] = odd[:, [2, 0, 1], [1, 2, 0]]
     k[:, 1:, 1:] = r + r.swapaxes(1, 2) - k[:, :1, :1] * np.eye(3)
     q = np.linalg.eigh(k)[1][..., -1]
     return np.where(q[:, :1] < 0, -q, q)

@@ -135,7 +135,7 @@ def _cloud(reconstruction: Reconstruction, low: np.ndarray, span: float, limit: 
         kept = kept[(edges[:-1] + np.random.default_rng(0).random(limit) * np.diff(edges)).astype(int)]
     frame = frame[kept]
     counts = np.bincount(frame, minlength=reconstruction.num_frames)
-    size = np.log(_footprints(reconstruction, points[kept], frame, counts))
+    size = np.log(_footprints(reconstruction, points[kept], frame))
     smallest, largest = (float(size.min()), float(size.max())) if len(size) else (0.0, 0.0)
     codes = (size - smallest) / max(largest - smallest, 1e-9) * 255
     colours = np.concatenate([reconstruction.point_colors[kept], codes[:, None].round().astype(np.uint8)], 1)
@@ -150,9 +150,10 @@ def _cloud(reconstruction: Reconstruction, low: np.ndarray, span: float, limit: 
     return {"cloud": cloud, "sizes": [smallest, largest]}, ", ".join(phrases)
 
 
-def _footprints(reconstruction: Reconstruction, points: np.ndarray, frame: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """How wide discs must be to cover the frame, world units (n,): at unit depth, a frame's counts[frame] points share
+def _footprints(reconstruction: Reconstruction, points: np.ndarray, frame: np.ndarray) -> np.ndarray:
+    """How wide discs must be to cover their frame, world units (n,): at unit depth, the n points of a frame share
     1 / (fx fy), and a disc covers the square inside it."""
+    counts = np.bincount(frame)
     poses, intrinsics = reconstruction.world_from_camera[frame], reconstruction.intrinsics[frame]
     depth = np.einsum("ni,ni->n", points - poses[:, :3, 3], poses[:, :3, 2])
     focal = np.sqrt(np.abs(intrinsics[:, 0, 0] * intrinsics[:, 1, 1]))
@@ -176,9 +177,8 @@ def _cameras(reconstruction: Reconstruction) -> list[dict]:
     return [
         {
             "pose": [round(float(x), 7) for x in pose.T.ravel()],  # columns one after the other
-            **{name: float(k[place]) for name, place in (("fx", (0, 0)), ("fy", (1, 1)), ("cx", (0, 2)), ("cy", (1, 2)))},
-            "k1": float(bend[0]),
-            "k2": float(bend[1]),
+            **dict(zip(("fx", "fy", "cx", "cy"), k[[0, 1, 0, 1], [0, 1, 2, 2]].tolist())),
+            **dict(zip(("k1", "k2"), bend.tolist())),
         }
         for pose, k, bend in cameras
     ]

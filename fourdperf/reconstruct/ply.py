@@ -35,6 +35,6 @@ def write_ply(path: str | os.PathLike, points: np.ndarray, colors: np.ndarray) -
         vertices[name] = (single if i < 3 else colors)[finite, i % 3]
     types = {"<f4": "float", "|u1": "uchar"}
     properties = [f"property {types[VERTEX[name].str]} {name}" for name in VERTEX.names]
-    header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(vertices)}", *properties, "end_header", ""]
-    write_bytes(path, "\n".join(header).encode() + vertices.tobytes())
+    header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(vertices)}", *properties, "end_header"]
+    write_bytes(path, "\n".join([*header, ""]).encode() + vertices.tobytes())
     return int((~finite).sum())

@@ -47,7 +47,8 @@ def _log_camera(rerun, recording, reconstruction: Reconstruction, t: int) -> Non
     ):
         height, width = (reconstruction.video if name == "video" else reconstruction.depth).shape[1:3]
         pixels = k * np.array([[width], [height], [1]], np.float32)
-        camera = rerun.Pinhole(image_from_camera=pixels, resolution=[width, height], camera_xyz=rerun.ViewCoordinates.RDF)
+        axes = rerun.ViewCoordinates.RDF
+        camera = rerun.Pinhole(image_from_camera=pixels, resolution=[width, height], camera_xyz=axes)
         recording.log(f"world/camera/{name}", camera)
         recording.log(f"world/camera/{name}/image", image)
 

@@ -135,8 +135,9 @@ def test_bad_points_to_follow(files, tmp_path, capsys, content, message):
 
 
 def test_bad_videos_and_weights(files, tmp_path, capsys, monkeypatch):
-    (tmp_path / "bad.mp4").write_bytes(b"no video")
-    for video, message in (("none.mp4", "no such video"), (tmp_path / "bad.mp4", "wanted a video that OpenCV can read")):
+    bad = tmp_path / "bad.mp4"
+    bad.write_bytes(b"no video")
+    for video, message in (("none.mp4", "no such video"), (bad, "wanted a video that OpenCV can read")):
         assert run(files, video, "--out", tmp_path / "out") == 2
         assert message in only_line(capsys)
     monkeypatch.setattr(command, "SHIPPED_WEIGHTS", tmp_path / "none")
@@ -152,12 +153,13 @@ def test_an_image_is_a_video_of_one_frame(files, tmp_path):
 
 
 def test_a_full_disk_is_one_line_and_keeps_what_is_whole(files, tmp_path):
+    paths = [f"{files}/clip.mp4", "--out", f"{tmp_path}/out", "--weights", f"{files}/weights"]
     script = f"""
         import resource, signal, sys
         from fourdperf.cli.main import main
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))  # fails a write as a full disk does
-        sys.exit(main(["reconstruct", r"{files}/clip.mp4", "--out", r"{tmp_path}/out", "--weights", r"{files}/weights"]))
+        sys.exit(main(["reconstruct", *{paths}]))
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr

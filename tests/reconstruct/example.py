@@ -1,4 +1,4 @@
-"""An exact reconstruction to test what is written from one: a box turns in a room, before a camera that moves past it."""
+"""An exact reconstruction to test what is written from one: a box turns in a room, and a camera moves past it."""
 
 import numpy as np
 

@@ -277,11 +277,10 @@ def test_an_error_in_the_script_does_not_pass_unseen(path, tmp_path, look):
 ACTIONS = """
 <script>
 const note = {};
-const key = name => window.dispatchEvent(new KeyboardEvent("keydown", { key: name, cancelable: true }));
+const key = name => canvas.dispatchEvent(new KeyboardEvent("keydown", { key: name, cancelable: true, bubbles: true }));
 const pointer = (type, id, x, y, buttons) => canvas.dispatchEvent(
   new PointerEvent(type, { pointerId: id, clientX: x, clientY: y, buttons, bubbles: true }));
 canvas.setPointerCapture = () => {};  // there is no real pointer to capture
-window.onkeydown = (old => event => { Object.defineProperty(event, "target", { value: canvas }); old(event); })(window.onkeydown);
 const drag = (id, buttons, ...places) => {
   pointer("pointerdown", id, ...places[0], buttons);
   places.slice(1).forEach(place => pointer("pointermove", id, ...place, buttons));
@@ -293,7 +292,8 @@ key(" "); note.playing = state.playing; key(" "); note.paused = !state.playing;
 const [yaw, pitch, distance, target] = [orbit.yaw, orbit.pitch, orbit.distance, [...orbit.target]];
 drag(1, 1, [600, 400], [650, 430]); note.turned = [orbit.yaw - yaw, orbit.pitch - pitch];
 drag(1, 2, [600, 400], [700, 400]); note.moved = Math.hypot(...add(orbit.target, target, -1));
-canvas.dispatchEvent(new WheelEvent("wheel", { deltaY: -300, cancelable: true })); note.zoomed = orbit.distance / distance;
+canvas.dispatchEvent(new WheelEvent("wheel", { deltaY: -300, cancelable: true }));
+note.zoomed = orbit.distance / distance;
 const wide = orbit.distance;
 pointer("pointerdown", 1, 500, 400, 1); pointer("pointerdown", 2, 600, 400, 1); pointer("pointermove", 2, 700, 400, 1);
 note.pinched = orbit.distance / wide;

@@ -34,8 +34,8 @@ def test_rerun_reads_the_recording(tmp_path):
 def test_empty_ones(tmp_path):
     pytest.importorskip("rerun", reason="rerun-sdk is not installed")
     wanted = example(1, 24, 32)
-    none = {n: getattr(wanted, n)[:0] for n in ("points", "point_colors", "point_frame")}
-    none |= {n: getattr(wanted, n)[:0] for n in ("tracks", "tracks_uv", "tracks_visible", "track_colors", "track_source")}
+    arrays = ("points", "point_colors", "point_frame", "tracks", "tracks_uv", "tracks_visible", "track_colors")
+    none = {name: getattr(wanted, name)[:0] for name in (*arrays, "track_source")}
     write_rerun(tmp_path / "a.rrd", replace(wanted, **none))
     assert "verified without error" in rerun_tool("rrd", "verify", str(tmp_path / "a.rrd"))
     with pytest.raises(OSError, match="it is a folder"):
