@@ -1,8 +1,8 @@
 """What a D4RT has to beat on synthetic scenes: answers that need no model, each helped by truths that a model lacks.
 
 depth    a constant; the mean depth of training scenes at each place and time. Both get the best scale per clip.
-tracks   the point stays where its camera saw it, at its true depth; OpenCV's DIS optical flow, chained from frame
-         to frame, with the true depth of wherever it ends up and the true intrinsics
+tracks   the point stays where its camera saw it, at its true depth, or at the model's own; OpenCV's DIS optical
+         flow, chained from frame to frame, with the true depth of wherever it ends up and the true intrinsics
 poses    the camera does not move
 focal    the median of training scenes
 """
@@ -19,7 +19,7 @@ from fourdperf.data.scenes import Scene
 from fourdperf.ops import bilinear_sample
 from fourdperf.train.pictures import depth_queries
 
-__all__ = ["Averages", "chained_flow", "flow_tracks", "still_tracks", "training_averages"]
+__all__ = ["Averages", "Followed", "chained_flow", "flow_tracks", "still_tracks", "training_averages"]
 
 FLOW_SIZE = 256  # DIS sees little in frames of 64 pixels: they are enlarged for it
 
@@ -29,6 +29,14 @@ class Averages(NamedTuple):
 
     depth: Tensor
     focal: Tensor
+
+
+class Followed(NamedTuple):
+    """K points over T frames: xyz `(K, T, 3)` in the camera of each frame, visible `(K, T)`, uv `(K, T, 2)`."""
+
+    xyz: Tensor
+    visible: Tensor
+    uv: Tensor
 
 
 def training_averages(scenes: list[Scene], size: tuple[int, int]) -> Averages:
@@ -42,21 +50,19 @@ def training_averages(scenes: list[Scene], size: tuple[int, int]) -> Averages:
     return Averages((total / len(scenes)).view(-1, *size), torch.cat(focals).median(0).values)
 
 
-def still_tracks(scene: Scene, queries: Queries) -> tuple[Tensor, Tensor]:
-    """Points `(K, T, 3)` in the camera of each frame, and visibility `(K, T)`, of points that keep the place (u, v) and
-    the true depth of the frame they are asked in. `queries` are `(K, T)` with t_tgt = t_cam = each frame in turn."""
-    own = Queries(queries.uv, *[queries.t_src] * 3)
-    xyz = scene.answer(own).xyz
-    return xyz, torch.ones(xyz.shape[:2], dtype=torch.bool)
+def still_tracks(xyz: Tensor, uv: Tensor, frames: int) -> Followed:
+    """Points `(K, 3)` seen at `uv` `(K, 2)` that keep their place in the camera, and stay visible."""
+    repeat = lambda x: x[:, None].expand(-1, frames, -1)
+    return Followed(repeat(xyz), torch.ones(len(xyz), frames, dtype=torch.bool), repeat(uv))
 
 
-def flow_tracks(scene: Scene, video: np.ndarray, uv: Tensor) -> tuple[Tensor, Tensor]:
-    """The same of points at `uv` `(K, 2)` of frame 0 that follow the flow of `video` uint8 `(T, H, W, 3)`; visible
-    while they are inside the frame."""
+def flow_tracks(scene: Scene, video: np.ndarray, uv: Tensor) -> Followed:
+    """Points at `uv` `(K, 2)` of frame 0 that follow the flow of `video` uint8 `(T, H, W, 3)`; visible while they are
+    inside the frame."""
     places = chained_flow(video, uv)  # (K, T, 2)
     inside = ((places >= 0) & (places <= 1)).all(-1)
     t = torch.arange(len(video)).expand(places.shape[:2])
-    return scene.answer(Queries(places.clamp(0, 1), t, t, t)).xyz, inside
+    return Followed(scene.answer(Queries(places.clamp(0, 1), t, t, t)).xyz, inside, places)
 
 
 def chained_flow(video: np.ndarray, uv: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from fourdperf.geometry import relative_pose
 from fourdperf.metrics import depth_metrics, pose_metrics, track_metrics
 from fourdperf.models.d4rt import D4RT, Prediction
 from fourdperf.reconstruct import recipes
-from fourdperf.train.baselines import Averages, flow_tracks, still_tracks
+from fourdperf.train.baselines import Averages, Followed, flow_tracks, still_tracks
 from fourdperf.train.d4rt_loss import UV_REACH, d4rt_loss, mean_depth
 from fourdperf.train.data import collate
 from fourdperf.train.pictures import depth_queries
@@ -26,6 +26,7 @@ __all__ = ["evaluate_queries", "evaluate_scenes", "format_table"]
 Row = dict[str, float]
 TRACK_GRID = (8, 8)
 CAMERA_GRID = (16, 16)
+PIXELS = 256  # what distances in a frame are multiplied with
 
 
 @torch.inference_mode()
@@ -89,7 +90,8 @@ def evaluate_scenes(
     Args:
         scenes: held out, of the model's number of frames and image size.
         averages: of training scenes, on the grid ``size``.
-        size: (h, w) of the depth maps. Tracks are those of an 8 x 8 grid of frame 0.
+        size: (h, w) of the depth maps. Tracks are those of an 8 x 8 grid of frame 0, judged where the points are truly
+            visible: EPE in 3-D and scene units, `pixels` in the frame as if it had 256 x 256.
 
     Raises:
         ValueError: there is no scene, or one that does not fit the model.
@@ -123,27 +125,25 @@ def _depth(video: recipes.EncodedVideo, scene: Scene, averages: Averages, size: 
 
 
 def _tracks(video: recipes.EncodedVideo, scene: Scene, frames: np.ndarray) -> dict[str, Row]:
-    source = recipes.grid(video, *TRACK_GRID)
-    uv = source[:, 1:]
-    t = torch.arange(len(video)).expand(len(uv), -1)
-    queries = Queries(uv[:, None].expand(-1, len(video), -1), torch.zeros_like(t), t, t)
-    true = scene.answer(queries)
+    source, number = recipes.grid(video, *TRACK_GRID), len(video)
+    uv, start = source[:, 1:], torch.zeros(len(source), dtype=torch.int64)
+    t = torch.arange(number).expand(len(uv), -1)
+    true = scene.answer(Queries(uv[:, None].expand(-1, number, -1), torch.zeros_like(t), t, t))
     ours = recipes.tracks(video, source)
     found = {
-        "D4RT": (ours.xyz, ours.visible),
-        "does not move, true depth": still_tracks(scene, queries),
+        "D4RT": Followed(ours.xyz, ours.visible, ours.uv),
+        "does not move, true depth": still_tracks(scene.answer(Queries(uv, start, start, start)).xyz, uv, number),
+        "does not move, D4RT's depth": still_tracks(ours.xyz[:, 0], uv, number),
         "DIS flow, true depth": flow_tracks(scene, frames, uv),
     }
+    return {name: _track_row(tracks, true, scene) for name, tracks in found.items()}
+
+
+def _track_row(found: Followed, true: Targets, scene: Scene) -> Row:
     visible = true.visibility > 0.5
-    names = ("EPE", "APD", "AJ", "OA")
-    return {
-        name: {
-            key: value
-            for key, value in track_metrics(*tracks, true.xyz, visible, scene.intrinsics).items()
-            if key in names
-        }
-        for name, tracks in found.items()
-    }
+    metrics = track_metrics(found.xyz, found.visible, true.xyz, visible, scene.intrinsics)
+    pixels = (found.uv - true.uv).norm(dim=-1)[visible].mean().item() * PIXELS
+    return {"EPE": metrics["EPE"], "pixels": pixels, **{name: metrics[name] for name in ("APD", "AJ", "OA")}}
 
 
 def _poses(video: recipes.EncodedVideo, scene: Scene) -> dict[str, Row]:
