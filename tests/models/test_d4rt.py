@@ -107,7 +107,7 @@ def test_flax_initialises_the_same_parameters(name):
     assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, variables)
 
 
-@pytest.mark.parametrize("name", ["paper", "window", "seed"])
+@pytest.mark.parametrize("name", ["paper", pytest.param("seed", marks=pytest.mark.heavy)])
 def test_gradients_match_flax(name):
     model = build(name)
     inputs = clip(model, patches=(40, 60))
@@ -118,7 +118,7 @@ def test_gradients_match_flax(name):
     def loss(variables):
         return sum((x * w.numpy()).sum() for x, w in zip(flax_model.apply(variables, **arrays), weights))
 
-    expected = jax.tree.leaves_with_path(jax.grad(loss)(variables)["params"])
+    expected = jax.tree.leaves_with_path(jax.jit(jax.grad(loss))(variables)["params"])
     grads = {name: p.grad.numpy() for name, p in model.named_parameters()}
     got = dict(jax.tree.leaves_with_path(flax_d4rt.flax_params(grads, model.config)))
     largest = max(float(jnp.abs(x).max()) for _, x in expected)
@@ -287,7 +287,7 @@ def test_every_dtype(dtype):
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.heavy)])
-@pytest.mark.parametrize("name", ["paper", "window", "seed"])
+@pytest.mark.parametrize("name", ["paper", "seed", pytest.param("window", marks=pytest.mark.heavy)])
 def test_compiles_as_one_graph(name, backend):
     model = build(name)
     inputs = clip(model, patches=(40, 60))
