@@ -11,7 +11,7 @@ def window_attention_loop(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tenso
     """Zero-padded sliding-window attention of `(B, T, H, W, heads, d)`, one query position at a time."""
     batch, frames, height, width, heads, size = q.shape
     radius = window // 2
-    out = torch.empty_like(v)
+    out = []
     for t in range(frames):
         keys, values = (
             F.pad(x[:, t].permute(0, 3, 4, 1, 2), (radius, radius, radius, radius)).permute(0, 1, 3, 4, 2)
@@ -22,8 +22,8 @@ def window_attention_loop(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tenso
                 near = (slice(None), slice(None), slice(y, y + window), slice(x, x + window))
                 around = keys[near].flatten(2, 3)  # (B, heads, window^2, d)
                 logits = q[:, t, y, x].unsqueeze(2) @ around.transpose(-1, -2) * size**-0.5
-                out[:, t, y, x] = (logits.softmax(-1) @ values[near].flatten(2, 3)).squeeze(2)
-    return out
+                out.append((logits.softmax(-1) @ values[near].flatten(2, 3)).squeeze(2))
+    return torch.stack(out, dim=1).unflatten(1, (frames, height, width))
 
 
 def patches_loop(video: Tensor, uv: Tensor, t_src: Tensor, size: int) -> Tensor:

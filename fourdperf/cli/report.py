@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Picture", "Table", "Text", "page"]
+__all__ = ["Picture", "Table", "Text", "page", "step"]
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222 }
@@ -76,3 +76,8 @@ def page(title: str, parts: Sequence[Table | Text | Picture]) -> str:
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f"<style>{STYLE}</style></head><body>\n{Text(title, 1).html()}\n{body}\n</body></html>\n"
     )
+
+
+def step(text: str) -> None:
+    """Says on the terminal what a long command does now."""
+    print(f"\n== {text}", flush=True)

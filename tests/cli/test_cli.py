@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from fourdperf.cli import compare, demo_weights
+from fourdperf.cli import compare_scaling4d, comparison, demo_weights
 from fourdperf.cli.features import parse_layers
 from fourdperf.cli.main import COMMANDS, main
 from fourdperf.cli.measure import Job, measure
@@ -60,10 +60,13 @@ def test_help_names_every_command_and_imports_none(capsys):
     assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == 0
 
 
-@pytest.mark.parametrize("command", ["convert", "compare", "features", "depth", "demo"])
+COMMAND_LINES = ["convert", "compare scaling4d", "compare d4rt", "features", "depth", "demo d4rt", "demo scaling4d"]
+
+
+@pytest.mark.parametrize("command", COMMAND_LINES)
 def test_the_help_of_each_command_explains_its_options(capsys, command):
     with pytest.raises(SystemExit) as exit:
-        run(command, "--help")
+        run(*command.split(), "--help")
     assert exit.value.code == 0
     shown = capsys.readouterr().out
     assert "--config" in shown and "(type:" in shown and "folder" in shown
@@ -288,7 +291,7 @@ def test_compare_names_the_first_layer_that_differs(files, monkeypatch, capsys):
             model.encoder.processor.layers[1].mlp.dense_in.bias.add_(0.01)
         return model
 
-    monkeypatch.setattr(compare.Scaling4D, "from_pretrained", perturbed)
+    monkeypatch.setattr(compare_scaling4d.Scaling4D, "from_pretrained", perturbed)
     arguments = ("compare", "scaling4d", "--video", files / "clip.mp4", "--checkpoint", files / "depth")
     arguments += ("--rounds", "0", "--dtype", "float32")
     assert run(*arguments) == 1
@@ -305,15 +308,15 @@ def test_compare_random_weights_of_a_variant(files, capsys):
 def test_differences():
     reference = {"a": np.array([1.0, -2.0]), "b": np.zeros(2)}
     ours = {"a": np.array([1.0, -1.0]), "b": np.zeros(2)}
-    a, b = compare.differences(reference, ours, "float32", lambda layer: 0.4)
+    a, b = comparison.differences(reference, ours, "float32", lambda layer: 0.4)
     assert (a.max_abs, a.relative, a.passed) == (1, 0.5, False)
     assert (b.max_abs, b.relative, b.cosine, b.passed) == (0, 0, 0, True)
-    (nan,) = compare.differences({"a": np.ones(2)}, {"a": np.array([1, np.nan])}, "float32", lambda layer: 1e9)
+    (nan,) = comparison.differences({"a": np.ones(2)}, {"a": np.array([1, np.nan])}, "float32", lambda layer: 1e9)
     assert not nan.passed
     with pytest.raises(ValueError, match=r"differ in their layers: \['b'\]"):
-        compare.differences(reference, {"a": np.ones(2)})
+        comparison.differences(reference, {"a": np.ones(2)})
     with pytest.raises(ValueError, match="a: PyTorch gives"):
-        compare.differences({"a": np.ones(2)}, {"a": np.ones(3)})
+        comparison.differences({"a": np.ones(2)}, {"a": np.ones(3)})
 
 
 def test_tables_and_pages():
@@ -323,13 +326,13 @@ def test_tables_and_pages():
     assert "a &lt; b" in text and "x &amp; y" in text and "http:" not in text
 
 
-def test_the_demo_end_to_end(tmp_path, monkeypatch, capsys):
+def test_the_demo_of_4ds_end_to_end(tmp_path, monkeypatch, capsys):
     # The same demo with a model of the released layout that is smaller still.
     readout = ReadoutConfig.dense((4, 32, 32, 1), (2, 8, 8), num_params=128, num_heads=4)
     config = Config(64, 2, 2, patch_size=(2, 4, 4), video_size=(4, 32, 32), readout=readout)
     monkeypatch.setattr(demo_weights, "CONFIG", config)
     out = tmp_path / "out"
-    assert run("demo", "--out", out, "--rounds", "0") == 0
+    assert run("demo", "scaling4d", "--out", out, "--rounds", "0") == 0
     shown = capsys.readouterr().out
     assert "weights are random" in " ".join(shown.split()) and str(out / "index.html") in shown
     html = (out / "index.html").read_text()
@@ -340,9 +343,9 @@ def test_the_demo_end_to_end(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.heavy
-def test_the_demo_as_make_demo_runs_it(tmp_path):
+def test_the_demo_of_4ds_in_full(tmp_path):
     environment = os.environ | {"FOURDPERF_DEBUG": "1"}
-    command = [sys.executable, "-m", "fourdperf", "demo", "--out", tmp_path]
+    command = [sys.executable, "-m", "fourdperf", "demo", "scaling4d", "--out", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "index.html").stat().st_size > 100_000
