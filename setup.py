@@ -65,7 +65,7 @@ def _flag(name):
 setup(
     packages=[*find_packages(include=["fourdperf", "fourdperf.*"]), *FOLDERS],
     package_dir=FOLDERS,
-    package_data={"fourdperf": ["*.json", "*.so", "**/*.safetensors", "**/*.yaml", "reconstruct/viewer.*"]},
+    package_data={"fourdperf": ["*.json", "*.so", "weights/**/*", "reconstruct/viewer.*"]},
     ext_modules=[Extension("fourdperf._cpu", [])],
     cmdclass={"build_ext": CMakeBuild},
 )
