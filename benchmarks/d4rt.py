@@ -2,9 +2,9 @@
 
     fourdperf bench d4rt
 
-Peers: the same maths in the seed's style (Python loops over windows and queries, attention weights kept, keys and values
-projected in every call; ours reproduces its numbers, see tests/models/test_d4rt.py), and torch.compile of plain torch code:
-SDPA, eager ops, projections kept. Floor: FLOPs of the matrix products at the measured matmul rate.
+Peers: the same maths in the seed's style (Python loops over windows and queries, attention weights kept, keys and
+values projected in every call; ours reproduces its numbers, see tests/models/test_d4rt_port.py), and torch.compile of
+plain torch code: SDPA, eager ops, projections kept. Floor: FLOPs of the matrix products at the measured matmul rate.
 """
 
 import copy
@@ -15,16 +15,28 @@ import torch
 import torch.nn.functional as F
 from fourdperf.benchmarks._seed_style import SeedDecoder, patches_loop, window_attention_loop
 from fourdperf.benchmarks.harness import Case
-from torch import Tensor, nn
+from torch import Tensor
 
+from fourdperf.cli.reconstruct import SHIPPED_WEIGHTS
 from fourdperf.data.queries import Clip, Queries, Targets
+from fourdperf.data.scenes import Scene
+from fourdperf.data.synthetic import scene_seed
 from fourdperf.models import d4rt, layers
-from fourdperf.models.d4rt import D4RT, Config, EncoderBlock, QueryBuilder
+from fourdperf.models.d4rt import D4RT, SIZES, Config, EncoderBlock, Prediction, QueryBuilder
 from fourdperf.models.layers import CrossDecoder
 from fourdperf.ops.backends import use_backend
+from fourdperf.reconstruct.dense import dense_tracks
+from fourdperf.reconstruct.recipes import EncodedVideo, tracks
 from fourdperf.train.d4rt_loss import d4rt_loss
 
-SMALL = {"hidden_size": 192, "num_layers": 8, "num_heads": 3, "num_frames": 8, "image_size": 64, "patch_size": (2, 8, 8)}
+SMALL = {
+    "hidden_size": 192,
+    "num_layers": 8,
+    "num_heads": 3,
+    "num_frames": 8,
+    "image_size": 64,
+    "patch_size": (2, 8, 8),
+}
 
 
 def cases(device: str):
@@ -43,6 +55,7 @@ def cases(device: str):
     yield _training_step(device)
     for number in (2048, 32768):
         yield _queries(device, number)
+    yield _all_pixels(device)
 
 
 def plain(function):
@@ -166,29 +179,21 @@ def _encode(device: str, dtype: torch.dtype) -> Case:
 
 
 def _training_step(device: str) -> Case:
-    config = Config(**SMALL, decoder_layers=4)
+    config = Config(**SMALL, rgb_sampling="round")
     model = D4RT(config).to(device)
     seed = copy.deepcopy(model)
-    decode = SeedDecoder(seed.decoder)
+    seed_decoder = SeedDecoder(seed.decoder)
     clip = _random_clip(8, 512, config, device)
 
-    def step(network: nn.Module, clip: Clip):
-        prediction = network(clip.video, clip.queries, clip.aspect_ratio)
-        loss = d4rt_loss(prediction, clip.targets)["loss"]
-        return (loss, *torch.autograd.grad(loss, [model.head.weight if network is model else seed.head.weight]))
-
-    def seed_forward(video, queries, ratio):
-        features = seed.encoder(video, ratio)
-        planar = video.movedim(-1, 2)
-        patches = patches_loop(planar, queries.uv, queries.t_src, config.rgb_size).movedim(2, -1)
+    def seed_forward(video: Tensor, queries: Queries, ratio: Tensor) -> Prediction:
+        patches = patches_loop(video.movedim(-1, 2), queries.uv, queries.t_src, config.rgb_size).movedim(2, -1)
         with mock.patch.object(seed.query_builder, "patches", lambda *_: 2 * patches - 1):
-            tokens = decode(seed.query_builder(queries, video), features)
-        return d4rt.Prediction(
-            *(x.squeeze(-1) if n == 1 else x for x, n in zip(seed.head(tokens).split(d4rt.SIZES, -1), d4rt.SIZES))
-        )
+            tokens = seed_decoder(seed.query_builder(queries, video), seed.encoder(video, ratio))
+        parts = seed.head(tokens).split(SIZES, -1)
+        return Prediction(*(x.squeeze(-1) if size == 1 else x for x, size in zip(parts, SIZES)))
 
-    def whole(network, forward):
-        """Forward and backward through all parameters."""
+    def step(network: D4RT, forward) -> tuple[Tensor, Tensor]:
+        """Forward and backward through all parameters; the loss and one gradient."""
         prediction = forward(clip.video, clip.queries, clip.aspect_ratio)
         loss = d4rt_loss(prediction, clip.targets)["loss"]
         loss.backward()
@@ -196,16 +201,14 @@ def _training_step(device: str) -> Case:
         network.zero_grad(set_to_none=True)
         return loss.detach(), gradient
 
-    model.config.__dict__["rgb_sampling"] = seed.config.__dict__["rgb_sampling"] = "round"
-    compiled = plain(model)
     return Case(
         "d4rt",
-        "training step, 8 clips of 8x64x64, 512 queries each, 5.6 M parameters, without the optimiser",
+        "training step, 8 clips of 8x64x64, 512 queries each, 5.5 M parameters, without the optimiser",
         "float32",
         {
-            "fourdperf": functools.partial(whole, model, model),
-            "SDPA, compiled": functools.partial(whole, model, compiled),
-            "seed style": functools.partial(whole, seed, seed_forward),
+            "fourdperf": functools.partial(step, model, model),
+            "SDPA, compiled": functools.partial(step, model, plain(model)),
+            "seed style": functools.partial(step, seed, seed_forward),
         },
         tolerance=1e-3,
         direction="forward+backward",
@@ -224,6 +227,26 @@ def _queries(device: str, number: int) -> Case:
         f"decode {number} queries, variant S, 16x256x256",
         "float32",
         {"fourdperf": torch.no_grad()(lambda: model.decode(encoded, queries).xyz)},
+    )
+
+
+def _all_pixels(device: str) -> Case:
+    """The occupancy grid saves queries only with a model that knows what moves where: the one in the package."""
+    model = D4RT.from_pretrained(SHIPPED_WEIGHTS, device=device)
+    frames = Scene(scene_seed("test", 0), model.config.num_frames, model.config.image_size).render().video
+    video = EncodedVideo(model, frames)
+    t, v, u = torch.meshgrid(*(torch.arange(n) for n in frames.shape[:3]), indexing="ij")
+    height, width = frames.shape[1:3]
+    every = torch.stack([t, (u + 0.5) / width, (v + 0.5) / height], -1).view(-1, 3)
+    return Case(
+        "d4rt",
+        f"3-D tracks of all {len(every)} pixels of a synthetic clip, the package's model; they differ in their number",
+        "float32",
+        {
+            "fourdperf, occupancy grid": lambda: dense_tracks(video).tracks.xyz,
+            "every pixel": lambda: tracks(video, every).xyz,
+        },
+        tolerance=float("inf"),
     )
 
 
