@@ -32,6 +32,7 @@ def d4rt(
     final_lr: float = 1e-6,
     warmup_steps: int | None = None,
     weight_decay: float = 0.03,
+    optimizer: Literal["adamw", "muon"] = "adamw",
     max_epochs: int = 100,
     max_steps: int | None = None,
     minutes: float | None = None,
@@ -75,7 +76,9 @@ def d4rt(
         lr: The peak learning rate.
         final_lr: The learning rate at the last step.
         warmup_steps: Steps to the peak; by default 2500, but at most a tenth of all.
-        weight_decay: Of AdamW.
+        weight_decay: Of either optimiser.
+        optimizer: adamw as in the paper, or muon for the blocks' matrices and adamw for the rest: a small model learns
+            in fewer steps, with --lr of about 2e-3.
         max_epochs: Passes over the training clips; a pass over clips without end has 1000 batches.
         max_steps: Optimiser steps, in place of --max_epochs.
         minutes: Stop after this time with a checkpoint; the learning rate still follows the steps.
@@ -124,7 +127,7 @@ def d4rt(
         max_steps = max(1, max_epochs * batches // accumulate_grad_batches)
     warmup = warmup_within(max_steps) if warmup_steps is None else warmup_steps
     rates = {"lr": lr, "final_lr": final_lr, "warmup_steps": warmup, "weight_decay": weight_decay}
-    module = D4RTTraining(network, max_steps, **rates, seed=seed)
+    module = D4RTTraining(network, max_steps, **rates, optimizer=optimizer, seed=seed)
     parameters = sum(p.numel() for p in network.parameters())
     with output_folder(out):
         trainer = _trainer(options, max_steps, val)
@@ -155,6 +158,8 @@ def _check(options: dict[str, Any]) -> None:
         raise ValueError(f"--crop: wanted a share in (0, 1], got {options['crop']}")
     if options["ckpt"] is not None and not options["ckpt"].is_file():
         raise FileNotFoundError(f"--ckpt: no such file: {options['ckpt']}")
+    if options["optimizer"] == "muon" and options["strategy"] == "fsdp":
+        raise ValueError("--optimizer: wanted adamw with --strategy fsdp: muon needs whole matrices")
     if importlib.util.find_spec("lightning") is None:
         raise ImportError("fourdperf train needs the package lightning: pip install 'fourdperf[train]'")
 

@@ -1,5 +1,7 @@
 """D4RT under Lightning: the module that trains it, and the data module that feeds it."""
 
+from typing import Literal
+
 import torch
 from lightning import LightningDataModule, LightningModule
 from torch import Tensor
@@ -9,6 +11,7 @@ from fourdperf.data.queries import Clip
 from fourdperf.models.d4rt import D4RT, Prediction
 from fourdperf.train.d4rt_loss import Weights, d4rt_loss, mean_depth
 from fourdperf.train.data import collate, loader, stream_loader
+from fourdperf.train.muon import MuonAdamW
 from fourdperf.train.schedule import adamw, learning_rate
 
 __all__ = ["ClipData", "D4RTTraining"]
@@ -18,6 +21,7 @@ class D4RTTraining(LightningModule):
     """One D4RT model, its losses and its optimiser; batches are `Clip`s with a leading axis.
 
     model: the network. max_steps: where the learning rate reaches `final_lr`. clip: the gradient's largest L2 norm.
+    optimizer: "adamw" as in the paper, or "muon" (`fourdperf.train.muon`), for small models and few steps.
     seed: of what is random in a step: batch n of process r starts from a seed of its own, so that a resumed run
     repeats an uninterrupted one.
     """
@@ -31,6 +35,7 @@ class D4RTTraining(LightningModule):
         final_lr: float = 1e-6,
         warmup_steps: int = 2500,
         weight_decay: float = 0.03,
+        optimizer: Literal["adamw", "muon"] = "adamw",
         clip: float = 10.0,
         weights: Weights | None = None,
         seed: int = 0,
@@ -39,6 +44,7 @@ class D4RTTraining(LightningModule):
         self.model = model
         self.max_steps, self.lr, self.final_lr, self.warmup_steps = max_steps, lr, final_lr, warmup_steps
         self.weight_decay, self.clip, self.seed = weight_decay, clip, seed
+        self.optimizer = optimizer
         self.weights = weights or Weights()
         self.sharded = False
 
@@ -83,7 +89,8 @@ class D4RTTraining(LightningModule):
             raise ValueError(f"--ckpt: its model has {', '.join(different)}; give the options its run was started with")
 
     def configure_optimizers(self) -> dict:
-        optimizer = adamw(self.parameters(), self.lr, self.weight_decay)
+        moved, make = (self.model, MuonAdamW) if self.optimizer == "muon" else (self.parameters(), adamw)
+        optimizer = make(moved, self.lr, self.weight_decay)
         share = lambda step: learning_rate(step, self.max_steps, self.warmup_steps, self.lr, self.final_lr) / self.lr
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -251,6 +251,7 @@ def test_checkpoints_that_are_none(plain, tmp_path, capsys):
         (["--model.width=3"], "width: no such option"),
         (["--init=/nowhere"], "/nowhere"),
         (["--precision=8-bit"], "precision"),
+        (["--optimizer=muon", "--strategy=fsdp"], "--optimizer: wanted adamw with --strategy fsdp"),
         (["--train_data_path=/nowhere"], "/nowhere"),
         (["--train_data_path=no.such.module:Clips"], "no folder of this name, and no module: No module named"),
         ([f"--train_data_path={own_clips.__name__}:Nothing"], "wanted a class or function 'Nothing'"),
