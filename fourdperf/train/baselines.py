@@ -2,7 +2,8 @@
 
 depth    a constant; the mean depth of training scenes at each place and time. Both get the best scale per clip.
 tracks   the point stays where its camera saw it, at its true depth, or at the model's own; OpenCV's DIS optical
-         flow, chained from frame to frame, with the true depth of wherever it ends up and the true intrinsics
+         flow, chained from frame to frame, with the true depth (and intrinsics) of wherever it ends up, or the
+         model's own
 poses    the camera does not move
 focal    the median of training scenes
 """

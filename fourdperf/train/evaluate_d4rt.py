@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from fourdperf.data.queries import Clip, Queries, Targets
@@ -91,7 +92,8 @@ def evaluate_scenes(
         scenes: held out, of the model's number of frames and image size.
         averages: of training scenes, on the grid ``size``.
         size: (h, w) of the depth maps. Tracks are those of an 8 x 8 grid of frame 0, judged where the points are truly
-            visible: EPE in 3-D and scene units, `pixels` in the frame as if it had 256 x 256.
+            visible: EPE in 3-D and scene units, `pixels` in the frame as if it had 256 x 256. `hidden` is the EPE where
+            they are not, with a scale of its own.
 
     Raises:
         ValueError: there is no scene, or one that does not fit the model.
@@ -130,20 +132,36 @@ def _tracks(video: recipes.EncodedVideo, scene: Scene, frames: np.ndarray) -> di
     t = torch.arange(number).expand(len(uv), -1)
     true = scene.answer(Queries(uv[:, None].expand(-1, number, -1), torch.zeros_like(t), t, t))
     ours = recipes.tracks(video, source)
+    flow = flow_tracks(scene, frames, uv)
     found = {
         "D4RT": Followed(ours.xyz, ours.visible, ours.uv),
         "does not move, true depth": still_tracks(scene.answer(Queries(uv, start, start, start)).xyz, uv, number),
         "does not move, D4RT's depth": still_tracks(ours.xyz[:, 0], uv, number),
-        "DIS flow, true depth": flow_tracks(scene, frames, uv),
+        "DIS flow, true depth": flow,
+        "DIS flow, D4RT's depth": flow._replace(xyz=_points_at(video, flow.uv)),
     }
     return {name: _track_row(tracks, true, scene) for name, tracks in found.items()}
+
+
+def _points_at(video: recipes.EncodedVideo, uv: Tensor) -> Tensor:
+    """What the model sees at places `(K, T, 2)` of each frame, at its own time and in its own camera: `(K, T, 3)`."""
+    places = uv.clamp(0, 1).flatten(0, 1).to(video.device)
+
+    def make(index: Tensor) -> Queries:
+        t = index % uv.shape[1]
+        return Queries(places[index], t, t, t)
+
+    return video.ask(len(places), make, ("xyz",))[0].view(*uv.shape[:2], 3)
 
 
 def _track_row(found: Followed, true: Targets, scene: Scene) -> Row:
     visible = true.visibility > 0.5
     metrics = track_metrics(found.xyz, found.visible, true.xyz, visible, scene.intrinsics)
+    everywhere = torch.ones_like(visible)
+    hidden = track_metrics(found.xyz, everywhere, true.xyz, everywhere, scene.intrinsics, valid=~visible)
     pixels = (found.uv - true.uv).norm(dim=-1)[visible].mean().item() * PIXELS
-    return {"EPE": metrics["EPE"], "pixels": pixels, **{name: metrics[name] for name in ("APD", "AJ", "OA")}}
+    row = {"EPE": metrics["EPE"], "hidden": hidden["EPE"], "pixels": pixels}
+    return row | {name: metrics[name] for name in ("APD", "AJ", "OA")}
 
 
 def _poses(video: recipes.EncodedVideo, scene: Scene) -> dict[str, Row]:
