@@ -1,49 +1,61 @@
-"""``fourdperf convert``: a released checkpoint to a folder of ours, or back."""
+"""``fourdperf convert``: a checkpoint of another project to a folder of ours, or back."""
 
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from types import ModuleType
+from typing import Any, Literal, NamedTuple
 
 from safetensors import safe_open
 
 from fourdperf.cli.measure import peak_memory
 from fourdperf.cli.report import Table
-from fourdperf.convert import scaling4d as converter
-from fourdperf.models.checkpoint import CONFIG, WEIGHTS
-from fourdperf.models.scaling4d import Config
+from fourdperf.convert import d4rt, scaling4d
+from fourdperf.models.checkpoint import CONFIG, WEIGHTS, read_config
+from fourdperf.models.d4rt import Config as D4RTConfig
+from fourdperf.models.scaling4d import Config as Scaling4DConfig
 
 __all__ = ["convert"]
 
-CONVERTERS = {"scaling4d": converter}
 
+def convert(
+    source: Path,
+    target: Path,
+    model: Literal["scaling4d", "d4rt"] | None = None,
+    fields: dict[str, Any] | None = None,
+    arrays: bool = False,
+) -> None:
+    """Converts a file of another project to a folder with safetensors and config, or such a folder back to a file.
 
-def convert(source: Path, target: Path, model: Literal["scaling4d"] | None = None, arrays: bool = False) -> None:
-    """Converts a released .npz to a folder with safetensors and config, or such a folder back to an .npz.
+    The files are 4DS's released .npz, and the .pth, .ckpt or .safetensors of the port of D4RT called d4rt.
 
     Args:
-        source: The .npz, or the folder.
-        target: The folder, or the .npz.
-        model: The kind of model; by default what the folder says, and scaling4d for an .npz.
+        source: The file, or the folder.
+        target: The folder, or the file.
+        model: The kind of model; by default as the folder says, d4rt for .pth, .ckpt, .safetensors, else scaling4d.
+        fields: What of the model's config no array shows, where the default is wrong: --fields.num_heads 4.
         arrays: List every array with its shape.
     """
     if not source.exists():
         raise FileNotFoundError(f"no such checkpoint: {source}")
     back = source.is_dir()
-    kind = model or (_kind(source) if back else "scaling4d")
-    if back and target.suffix != ".npz":
-        raise ValueError(f"{source} is a folder: wanted a target that ends in .npz, got {target}")
+    kind = KINDS[model or (_kind(source) if back else _kind_of_file(source))]
+    if back and target.suffix not in kind.suffixes:
+        wanted = " or ".join(kind.suffixes)
+        raise ValueError(f"{source} is a folder: wanted a target that ends in {wanted}, got {target}")
+    if back and fields:
+        raise ValueError(f"--fields: {source / CONFIG} has all of them, got {', '.join(fields)}")
     if not back and target.exists() and not target.is_dir():
         raise ValueError(f"wanted a folder as the target, got the file {target}")
     start = time.perf_counter()
     if back:
-        CONVERTERS[kind].export(source, target)
+        kind.converter.export(source, target)
     else:
-        CONVERTERS[kind].convert(source, target)
+        kind.converter.convert(source, target, overrides=fields)
     seconds = time.perf_counter() - start
-    folder = source if back else target
-    print(_describe(folder, arrays))
+    print(_describe(source if back else target, kind, arrays))
     print(f"wrote {target} in {seconds:.1f} s; peak memory of the process {peak_memory() / 2**20:.0f} MiB")
 
 
@@ -52,32 +64,63 @@ def _kind(folder: Path) -> str:
         kind = json.loads((folder / CONFIG).read_text()).get("model")
     except (OSError, ValueError, AttributeError):
         raise ValueError(f"{folder}: wanted a folder with {CONFIG} and {WEIGHTS}") from None
-    if kind not in CONVERTERS:
-        raise ValueError(f"{folder / CONFIG}: wanted a model out of {', '.join(CONVERTERS)}, got {kind!r}")
+    if kind not in KINDS:
+        raise ValueError(f"{folder / CONFIG}: wanted a model out of {', '.join(KINDS)}, got {kind!r}")
     return kind
 
 
-def _describe(folder: Path, arrays: bool) -> str:
+def _kind_of_file(file: Path) -> str:
+    return next((name for name, kind in KINDS.items() if file.suffix in kind.suffixes), "scaling4d")
+
+
+def _describe(folder: Path, kind: "Kind", arrays: bool) -> str:
     with safe_open(folder / WEIGHTS, "pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}
         rows = [(name, "x".join(map(str, part.get_shape())), part.get_dtype()) for name, part in slices.items()]
         parameters = sum(math.prod(part.get_shape()) for part in slices.values())
-    config = Config.from_dict({k: v for k, v in json.loads((folder / CONFIG).read_text()).items() if k != "model"})
-    readout = config.readout
-    lines = {
-        "variant": f"{config.variant or 'custom'}" + (" with readout" if readout else ""),
-        "parameters": f"{parameters:,} in {len(rows)} arrays",
-        "encoder": f"{config.num_layers} layers, width {config.hidden_size}, {config.num_heads} heads",
-        "video": f"{_by(config.video_size)} with {config.channels} channels, patches of {_by(config.patch_size)}",
-    }
-    if readout:
-        lines["readout"] = f"width {readout.num_params}, {readout.num_heads} heads, {readout.num_queries} queries"
-        lines["output"] = _by(readout.output_shape or (readout.num_queries, readout.num_classes))
+    config = kind.describe(read_config(folder, kind.converter.MODEL))
+    lines = {"parameters": f"{parameters:,} in {len(rows)} arrays", **config}
     text = "\n".join(f"{name:<12}{line}" for name, line in lines.items())
     if arrays:
         text += "\n\n" + Table("arrays", ("name", "shape", "dtype"), rows).text()
     return text
 
 
+def _scaling4d(fields: dict) -> dict[str, str]:
+    config = Scaling4DConfig.from_dict(fields)
+    readout = config.readout
+    lines = {
+        "variant": f"{config.variant or 'custom'}" + (" with readout" if readout else ""),
+        "encoder": f"{config.num_layers} layers, width {config.hidden_size}, {config.num_heads} heads",
+        "video": f"{_by(config.video_size)} with {config.channels} channels, patches of {_by(config.patch_size)}",
+    }
+    if readout:
+        lines["readout"] = f"width {readout.num_params}, {readout.num_heads} heads, {readout.num_queries} queries"
+        lines["output"] = _by(readout.output_shape or (readout.num_queries, readout.num_classes))
+    return lines
+
+
+def _d4rt(fields: dict) -> dict[str, str]:
+    c = D4RTConfig.from_dict(fields)
+    kind = {"frame": "every other within a frame", "window": f"every other in windows of {c.window}", "none": "global"}
+    return {
+        "encoder": f"{c.num_layers} layers, width {c.hidden_size}, {c.num_heads} heads, {kind[c.local_attention]}",
+        "decoder": f"{c.decoder_layers} layers, width {c.decoder_size}, {c.decoder_heads} heads",
+        "video": f"{_by((c.num_frames, *c.image_size))} at most, patches of {_by(c.patch_size)}",
+        "queries": f"{c.num_bands} frequencies, RGB patches of {c.rgb_size}x{c.rgb_size}",
+    }
+
+
 def _by(sizes: tuple[int, ...]) -> str:
     return "x".join(map(str, sizes))
+
+
+class Kind(NamedTuple):
+    """A model: what converts it, the suffixes of the foreign files, and its config in words."""
+
+    converter: ModuleType
+    suffixes: tuple[str, ...]
+    describe: Callable[[dict], dict[str, str]]
+
+
+KINDS = {"scaling4d": Kind(scaling4d, (".npz",), _scaling4d), "d4rt": Kind(d4rt, d4rt.SUFFIXES, _d4rt)}

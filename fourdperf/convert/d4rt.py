@@ -1,35 +1,48 @@
-"""D4RT checkpoints of the seed (the public port called "d4rt") to a checkpoint directory of ours.
+"""D4RT checkpoints of the seed (the public port called "d4rt") to a checkpoint directory of ours, and back.
 
 Read are its `.pth` state dictionaries and the `.ckpt` files of its Lightning module, whose names start with `model.`.
 The result computes what the port computes: `Config.seed` names every choice of the port that is not ours.
 """
 
+import io
 import math
 import os
 import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
 from fourdperf.convert.state import read_state, without_prefix
-from fourdperf.models.checkpoint import CheckpointError, check_keys
-from fourdperf.models.d4rt import D4RT, Config
+from fourdperf.data.files import write_bytes
+from fourdperf.models.checkpoint import CheckpointError, check_keys, load_weights, read_config
+from fourdperf.models.d4rt import D4RT, MODEL, Config
 from fourdperf.ops import linear_range
 
+SUFFIXES = (".pth", ".ckpt", ".safetensors")
+# What the port leaves no choice in.
+FIXED = (
+    *("positions", "window_border", "centered", "norm_eps", "gelu", "patch_norm", "aspect_token"),
+    *("drop_last_frames", "fourier", "rgb_sampling", "rgb_embedding"),
+)
+LIGHTNING = "2.0.0"  # whose checkpoint format a .ckpt has; Lightning opens none without a version
+SLOTS = 50  # temporal positions of every model of the port
 # A table that the port makes and never reads, and a buffer that follows from its length.
 UNUSED = "encoder.pos_embed"
 FREQUENCIES = "query_builder.fourier_embed.freq_bands"
 FOURIER = "query_builder.fourier_embed.proj.weight"
 TEMPORAL, SPATIAL = "encoder.temporal_pos_embed", "encoder.spatial_pos_embed"
+SOURCES = "query_builder.t_src_embed.weight"
 TIMES = ("t_src", "t_tgt", "t_cam")
 
 
 class Rule(NamedTuple):
     """One tensor of ours: the name and shape of the source's, and how ours is made of it.
 
-    Without a source, ours is zeros of that shape: the bias that the port's local attention lacks.
+    Without a source, ours is zeros of that shape: the bias that the port's local attention lacks. `make` only moves or
+    drops elements, so that it says by itself how to go back (`exported`).
     """
 
     key: str
@@ -92,7 +105,7 @@ def block_table(config: Config, ours: str, theirs: str, shapes: Mapping[str, tup
 def query_table(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> list[Rule]:
     fourier, time, rgb = config.query_parts
     ours, theirs, size = "query_builder", "query_builder", config.rgb_size
-    frames = _shape(shapes, f"{theirs}.t_src_embed.weight", 2)[0]
+    frames = _shape(shapes, SOURCES, 2)[0]
     times = [
         Rule(f"{ours}.{name}.weight", f"{theirs}.{name}_embed.weight", (frames, time), lambda x: x[: config.num_frames])
         for name in TIMES
@@ -164,7 +177,7 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]], overrides: Mapping | Non
     """
     width, _, *patch = _shape(shapes, "encoder.patch_embed.proj.weight", 5)
     side = math.isqrt(_shape(shapes, SPATIAL, 3)[1])
-    frames, time = _shape(shapes, "query_builder.t_src_embed.weight", 2)
+    frames, time = _shape(shapes, SOURCES, 2)
     fourier, bands = _shape(shapes, FOURIER, 2)
     rgb, _, size, _ = _shape(shapes, "query_builder.patch_embed.conv.2.weight", 4)
     decoder, ffn = _shape(shapes, "decoder.layers.0.ffn.3.weight", 2)
@@ -252,3 +265,78 @@ def convert(path: str | os.PathLike, out_dir: str | os.PathLike, *, overrides: M
     model = load(path, overrides)
     model.save_pretrained(out_dir)
     return model.config
+
+
+def exported(config: Config, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The port's state dictionary from ours; what the port never reads is zeros, as `export` says."""
+    shapes = {TEMPORAL: (1, SLOTS, config.hidden_size), SOURCES: (config.num_frames, config.query_parts[1])}
+    for index in range(0, config.num_layers if config.local_attention == "window" else 0, 2):
+        present = ("weight", "bias") if ours[f"encoder.layers.{index}.attention.qkv.bias"].any() else ("weight",)
+        shapes |= {f"encoder.blocks.{index}.attn.qkv.{kind}": () for kind in present}
+    like = ours["encoder.norm.weight"]
+    tokens = SLOTS * math.prod(config.grid[1:]) + 1
+    state = {
+        UNUSED: like.new_zeros(1, tokens, config.hidden_size),
+        FREQUENCIES: torch.linspace(0.5, config.num_bands, config.num_bands),
+    }
+    for rule in table(config, shapes):
+        if rule.source:
+            theirs = state.setdefault(rule.source, ours[rule.key].new_zeros(rule.shape))
+            places = rule.make(torch.arange(theirs.numel()).view(rule.shape))  # where ours came from, by the same rule
+            theirs.view(-1)[places.flatten()] = ours[rule.key].flatten()
+    return state
+
+
+def export(directory: str | os.PathLike, path: str | os.PathLike) -> None:
+    """The inverse of `convert`, bit for bit: `.pth` or `.safetensors` for `load_state_dict` of the port's model.
+
+    A `.ckpt` has the same tensors as `state_dict` with `model.` before each name, as the port's Lightning module loads
+    them. No file says the heads: the port must be built with the config's.
+
+    Zeros stand where the port never looks: `encoder.pos_embed`, and temporal positions beyond the config's frames. The
+    frequencies are recomputed. A local attention's bias that is all zeros is left out, as the port's default lacks it.
+
+    Raises CheckpointError (a ValueError) for a model that the port cannot compute, naming the fields of its config, and
+    as `D4RT.from_pretrained` does; ValueError for another suffix; OSError where the disk refuses.
+    """
+    suffix = os.path.splitext(path)[1]
+    if suffix not in SUFFIXES:
+        raise ValueError(f"{path}: expected a name that ends in {', '.join(SUFFIXES)}")
+    config = Config.from_dict(read_config(directory, MODEL))
+    _check_port(directory, config)
+    with torch.device("meta"):
+        model = D4RT(config)
+    load_weights(model, directory)
+    state = exported(config, model.state_dict())
+    if suffix == ".safetensors":
+        write_bytes(path, safetensors.torch.save(state))
+        return
+    if suffix == ".ckpt":
+        state = {
+            "state_dict": {f"model.{name}": x for name, x in state.items()},
+            "pytorch-lightning_version": LIGHTNING,
+        }
+    content = io.BytesIO()
+    torch.save(state, content)
+    write_bytes(path, content.getbuffer())
+
+
+def _check_port(where: str | os.PathLike, config: Config) -> None:
+    """Raise CheckpointError unless a model of the port has this config, heads and sizes apart."""
+    seed, (frames, patch, _) = Config.seed(), config.patch_size
+    wanted = {
+        **{name: getattr(seed, name) for name in FIXED},
+        "num_frames": min(config.num_frames, (SLOTS + 1) * frames - 1),
+        "image_size": (config.image_size[0],) * 2,
+        "patch_size": (frames, patch, patch),
+        "local_attention": config.local_attention if config.local_attention == "window" else "none",
+        "query_parts": config.query_parts or seed.query_parts,
+        "project_memory": config.hidden_size != config.decoder_size,
+    }
+    problems = [
+        f"{name}: expected {value!r}, got {getattr(config, name)!r}"
+        for name, value in wanted.items()
+        if getattr(config, name) != value
+    ]
+    if problems:
+        raise CheckpointError(f"{where}: no model of the port: {'; '.join(problems)}")

@@ -16,24 +16,33 @@ from fourdperf.cli.features import parse_layers
 from fourdperf.cli.main import COMMANDS, main
 from fourdperf.cli.measure import Job, measure
 from fourdperf.cli.report import Table, Text, page
+from fourdperf.convert import d4rt as d4rt_converter
 from fourdperf.convert import scaling4d as converter
 from fourdperf.data.demo_clip import demo_clip
 from fourdperf.data.video import VideoReader, write_video
+from fourdperf.models.d4rt import D4RT
+from fourdperf.models.d4rt import Config as D4RTConfig
 from fourdperf.models.scaling4d import Config, ReadoutConfig, Scaling4D
 
 READOUT = ReadoutConfig.dense((4, 32, 32, 1), (2, 8, 8), num_params=32, num_heads=2)
 TINY = Config(32, 3, 2, patch_size=(2, 8, 8), video_size=(4, 32, 32), readout=READOUT)
 ENCODER = Config(32, 3, 2, patch_size=(2, 8, 8), video_size=(4, 32, 32))
+PORT = D4RTConfig.seed(
+    **{"hidden_size": 24, "num_layers": 2, "num_heads": 3, "num_frames": 4, "image_size": 16, "patch_size": (2, 8, 8)},
+    **{"decoder_size": 16, "decoder_layers": 1, "decoder_heads": 2, "query_parts": (8, 8, 8), "rgb_size": 3},
+)
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
-    """A folder with depth/, depth.npz, encoder/ and a clip of 10 odd-sized frames."""
+    """A folder with depth/, depth.npz, encoder/, port.pth (D4RT, by export) and a clip of 10 odd-sized frames."""
     folder = tmp_path_factory.mktemp("files")
     for name, config in (("depth", TINY), ("encoder", ENCODER)):
         torch.manual_seed(0)
         Scaling4D(config).save_pretrained(folder / name)
     converter.export(folder / "depth", folder / "depth.npz")
+    D4RT(PORT).save_pretrained(folder / "d4rt")
+    d4rt_converter.export(folder / "d4rt", folder / "port.pth")
     write_video(folder / "clip.mp4", demo_clip(10, 51, 77)[0])
     return folder
 
@@ -106,6 +115,12 @@ def test_python_m_in_a_process_of_its_own(files):
         (("convert", "{depth}", "out"), "wanted a target that ends in .npz"),
         (("convert", "{npz}", "{clip}"), "wanted a folder as the target"),
         (("convert", "{files}", "x.npz"), "wanted a folder with config.json"),
+        (("convert", "{files}/d4rt", "x.npz"), "wanted a target that ends in .pth or .ckpt or .safetensors"),
+        (("convert", "{files}/d4rt", "x.pth", "--fields.num_heads", "3"), "--fields: "),
+        (("convert", "{files}/port.pth", "out"), "num_heads: the file does not say it"),
+        (("convert", "{files}/port.pth", "out", "--fields.heads", "3"), "heads"),
+        (("convert", "{files}/port.pth", "out", "--model", "scaling4d"), "port.pth: "),
+        (("convert", "{npz}", "out", "--model", "d4rt"), "depth.npz: "),
         (("features", "{clip}", "--device", "cuda"), "no GPU"),
     ],
 )
@@ -144,6 +159,20 @@ def test_convert_and_back(files, tmp_path, capsys):
         assert set(before) == set(after)
         assert all(np.array_equal(before[name], after[name]) for name in before)
     assert names(tmp_path) == ["back.npz", "out"]
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".ckpt", ".safetensors"])
+def test_convert_d4rt_and_back(files, tmp_path, capsys, suffix):
+    heads = ("--fields.num_heads", "3", "--fields.decoder_heads", "2")
+    assert run("convert", files / "d4rt", tmp_path / f"port{suffix}") == 0
+    assert "2 layers, width 24, 3 heads, global" in capsys.readouterr().out
+    assert run("convert", tmp_path / f"port{suffix}", tmp_path / "out", *heads, "--arrays", "true") == 0
+    shown = capsys.readouterr().out
+    assert f"{sum(p.numel() for p in D4RT(PORT).parameters()):,}" in shown and "query_builder.rgb.dense.weight" in shown
+    before, after = D4RT.from_pretrained(files / "d4rt"), D4RT.from_pretrained(tmp_path / "out")
+    assert after.config == before.config == PORT
+    assert all(torch.equal(x, y) for x, y in zip(before.parameters(), after.parameters(), strict=True))
+    assert names(tmp_path) == ["out", f"port{suffix}"]
 
 
 def test_features_as_npy_are_the_models(files, tmp_path, capsys):
