@@ -72,7 +72,8 @@ def d4rt(
         batch_size: Clips per process and batch.
         variant: The size of the model, tiny, S, B, L, H or g.
         model: Fields of the model's config that differ from the variant's.
-        init: A folder with a model to start from, in place of random weights and --variant.
+        init: A folder with a model to start from, in place of random weights and --variant; or a 4DS folder or VideoMAE
+            weights (a folder of transformers, .safetensors, .pth) for the encoder of --variant.
         lr: The peak learning rate.
         final_lr: The learning rate at the last step.
         warmup_steps: Steps to the peak; by default 2500, but at most a tenth of all.
@@ -111,16 +112,20 @@ def d4rt(
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
     warnings.filterwarnings("ignore", ".*returned a view tensor.*")  # nothing here works in place on it
 
+    from fourdperf.convert.d4rt_encoder import init_encoder
     from fourdperf.models.d4rt import D4RT, Config
     from fourdperf.train.d4rt import ClipData, D4RTTraining
     from fourdperf.train.schedule import warmup_within
 
     seed_everything(seed, verbose=False)
-    if init is not None:
+    report = None
+    if init is not None and _is_d4rt(init):
         network = D4RT.from_pretrained(init)
     else:
         sizes = {"num_frames": num_frames, "image_size": img_size}
         network = D4RT(Config.from_variant(variant, **{**sizes, **(model or {})}))
+        if init is not None:
+            report = init_encoder(network, init)
     clips, val = _clips(train_data_path, "train", options), _clips(val_data_path, "val", options)
     if max_steps is None:
         batches = _batches(clips, batch_size * devices)
@@ -133,6 +138,8 @@ def d4rt(
         trainer = _trainer(options, max_steps, val)
         if trainer.is_global_zero:
             print(f"D4RT, {parameters / 1e6:.1f} M parameters; {max_steps} steps, warm-up {warmup}; results in {out}")
+            if report is not None:
+                print(report)
             if ckpt is None:
                 plain = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
                 write_text(out / "options.json", json.dumps(plain, indent=2) + "\n")
@@ -162,6 +169,16 @@ def _check(options: dict[str, Any]) -> None:
         raise ValueError("--optimizer: wanted adamw with --strategy fsdp: muon needs whole matrices")
     if importlib.util.find_spec("lightning") is None:
         raise ImportError("fourdperf train needs the package lightning: pip install 'fourdperf[train]'")
+
+
+def _is_d4rt(init: Path) -> bool:
+    from fourdperf.models.checkpoint import CONFIG
+    from fourdperf.models.d4rt import MODEL
+
+    try:
+        return json.loads((init / CONFIG).read_bytes()).get("model") == MODEL
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _clips(path: str | None, split: Literal["train", "val"], options: dict[str, Any]) -> "Dataset":

@@ -11,6 +11,8 @@ import torch
 
 from fourdperf.cli.main import main
 from fourdperf.models.d4rt import D4RT
+from fourdperf.models.scaling4d import Config as Config4DS
+from fourdperf.models.scaling4d import Scaling4D
 from fourdperf.train.checkpoint import load_d4rt
 from tests.train import own_clips
 
@@ -162,6 +164,18 @@ def test_start_from_a_model(plain, tmp_path):
         train(OWN, f"--init={plain}/model", "--max_steps=1", "--lr=1e-12", "--final_lr=1e-12", f"--out={tmp_path}") == 0
     )
     assert all(torch.allclose(x, y, atol=1e-9) for x, y in zip(weights(tmp_path).values(), weights(plain).values()))
+
+
+def test_start_from_the_encoder_of_4ds(tmp_path, capsys):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "num_layers": 2, "num_heads": 3, "mlp_size": 768}
+    source = Scaling4D(Config4DS(**sizes, patch_size=(2, 8, 8), video_size=(4, 16, 16)))
+    source.save_pretrained(tmp_path / "4ds")
+    options = (OWN, "--max_steps=1", "--lr=1e-12", "--final_lr=1e-12")
+    assert train(*options, f"--init={tmp_path / '4ds'}", f"--out={tmp_path / 'run'}") == 0
+    assert "4DS: " in capsys.readouterr().out
+    layer, theirs = "encoder.layers.1.mlp.dense_in.weight", source.encoder.processor.layers[1].mlp.dense_in.weight
+    assert torch.allclose(weights(tmp_path / "run")[layer], theirs, atol=1e-9)
 
 
 # Data
