@@ -359,7 +359,8 @@ class PatchConv(nn.Module):
         self.dense = nn.Linear(64 * size**2, features)
 
     def forward(self, patches: Tensor) -> Tensor:
-        hidden = F.relu(self.conv(patches.flatten(0, 1).movedim(-1, 1)))
+        channels_first = patches.flatten(0, 1).movedim(-1, 1).contiguous()  # and so is `hidden`, without a copy
+        hidden = F.relu(self.conv(channels_first))
         return self.dense(hidden.flatten(1)).unflatten(0, patches.shape[:2])
 
 
