@@ -9,9 +9,9 @@ PIP := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(BIN
 .PHONY: demo test test-all bench sanitize clean
 .DELETE_ON_ERROR:
 
-# The main job: 4DS in PyTorch against JAX on a clip, with tables and pictures. VIDEO=file.mp4 takes your own.
+# The main job: a moving scene reconstructed in 4-D by D4RT, with errors, JAX parity and speed. VIDEO=file.mp4 takes your own.
 demo: $(VENV)/.installed
-	$(BIN)/fourdperf demo $(if $(VIDEO),--video "$(VIDEO)") --out demo_out
+	$(BIN)/fourdperf demo d4rt $(if $(VIDEO),--video "$(VIDEO)") --out demo_out
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest $(ARGS)

@@ -8,15 +8,62 @@ that both take one learning rate.
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = ["MuonAdamW"]
 
 BLOCKS = ("layers", "blocks")
 
 
+class Muon(torch.optim.Muon):
+    """torch.optim.Muon with matrices of one shape orthogonalised together, on a CPU in fp32.
+
+    torch's own works in bf16 always. That is slow where a processor lacks bf16 units: 12.4 s against 0.7 s a step, for
+    the small D4RT in the package on two busy cores with AVX2.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            shapes: dict[tuple, list[nn.Parameter]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    shapes.setdefault((parameter.shape, parameter.device, parameter.dtype), []).append(parameter)
+            for parameters in shapes.values():
+                self._step_together(parameters, group)
+        return loss
+
+    def _step_together(self, parameters: list[nn.Parameter], group: dict) -> None:
+        momentum, rate = group["momentum"], group["lr"] * 0.2 * max(parameters[0].shape) ** 0.5
+        updates = []
+        for parameter in parameters:
+            buffer = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+            buffer.lerp_(parameter.grad, 1 - momentum)
+            updates.append(parameter.grad.lerp(buffer, momentum) if group["nesterov"] else buffer)
+        updates = orthogonalised(torch.stack(updates), group["ns_coefficients"], group["ns_steps"], group["eps"])
+        for parameter, update in zip(parameters, updates):
+            parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
+
+
+def orthogonalised(x: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """Matrices (K, m, n) with singular values near one: Newton-Schulz steps, in bf16 on a GPU."""
+    a, b, c = coefficients
+    x = x.bfloat16() if x.is_cuda else x.float()
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
 class MuonAdamW(torch.optim.Optimizer):
-    """torch.optim.Muon for weight matrices below `layers` or `blocks`, torch.optim.AdamW for the other parameters.
+    """Muon for weight matrices below `layers` or `blocks`, torch.optim.AdamW for the other parameters.
 
     module: whose parameters are optimised. lr, weight_decay: of both.
 
@@ -30,7 +77,7 @@ class MuonAdamW(torch.optim.Optimizer):
             matrix = parameter.ndim == 2 and not set(BLOCKS).isdisjoint(name.split("."))
             (hidden if matrix else rest).append(parameter)
         self.parts = [
-            torch.optim.Muon(hidden, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
+            Muon(hidden, lr=lr, weight_decay=weight_decay),
             torch.optim.AdamW(rest, lr=lr, weight_decay=weight_decay, fused=True),
         ]
         super().__init__([{"params": hidden}, {"params": rest}], {"lr": lr})

@@ -178,7 +178,10 @@ def test_one_memory_for_many_without_a_copy(target):
     q, k, v = (x[name].to(target.device) for name in "qkv")
     q = q.reshape(3, 3, 2, 8)
     got = cross_attention(q, k.expand(3, -1, -1, -1), v.expand(3, -1, -1, -1), backend=target.backend)
-    assert torch.equal(got.reshape(1, 9, 2, 8), cross_attention(q.reshape(1, 9, 2, 8), k, v, backend=target.backend))
+    want = cross_attention(q.reshape(1, 9, 2, 8), k, v, backend=target.backend)
+    # the interpreter's matrix products are numpy's, whose rounding depends on a row's place in its tile
+    rounding = 0 if target.backend == "native" else 4 * torch.finfo(torch.float32).eps
+    torch.testing.assert_close(got.reshape(1, 9, 2, 8), want, rtol=rounding, atol=rounding)
 
 
 @pytest.mark.parametrize(
