@@ -14,6 +14,7 @@
 #include "cross_attention/cross_attention.h"
 #include "fourier_embed/fourier_embed.h"
 #include "gather_patches/gather_patches.h"
+#include "modulated_siren/modulated_siren.h"
 #include "resize/resize.h"
 #include "window_attention/window_attention.h"
 #ifdef FOURDPERF_FFI
@@ -205,6 +206,71 @@ static void bilinear_sample_bwd_bwd_binding(address gg_map, address gg_xy, addre
   FOURDPERF_LAUNCH(bilinear_sample_bwd_bwd)(args);
 }
 
+// tensors: pre, map, xy, d_out, v_pre, v_map, as many as there are, with the strides of all their axes but the channels
+// ((batch, point), (batch, y, x); empty where the tensor is null); sizes: batch, points, channels, height, width
+using SineTensors = std::vector<address>;
+using SineStrides = std::vector<std::vector<int64_t>>;
+
+static SineArgs sine_args(const SineTensors& tensors, const SineStrides& strides, int dtype, const std::array<int64_t, 5>& sizes,
+                          double omega, int modulate, int mode, address where) {
+  const auto data = [&](size_t i) { return i < tensors.size() ? pointer(tensors[i]) : nullptr; };
+  const auto points = [&](size_t i) {
+    return data(i) ? PointStrides{strides.at(i).at(0), strides.at(i).at(1)} : PointStrides{};
+  };
+  const auto pixels = [&](size_t i) {
+    return data(i) ? PixelStrides{strides.at(i).at(0), strides.at(i).at(1), strides.at(i).at(2)} : PixelStrides{};
+  };
+  SineArgs args{};
+  args.pre = data(0), args.map = data(1), args.xy = data(2), args.d_out = data(3), args.v_pre = data(4), args.v_map = data(5);
+  args.pre_strides = points(0), args.map_strides = pixels(1), args.d_out_strides = points(3);
+  args.v_pre_strides = points(4), args.v_map_strides = pixels(5);
+  args.xy_stride = strides.at(2).at(0);
+  args.dtype = DType(dtype);
+  args.batch = sizes[0];
+  args.points = sizes[1];
+  args.channels = sizes[2];
+  args.height = sizes[3];
+  args.width = sizes[4];
+  args.omega = omega;
+  args.modulate = Modulate(modulate);
+  args.bilinear = mode == 1;
+  place(args, where);
+  return args;
+}
+
+// dtype, sizes, omega, modulate, mode, where
+#define SINE_TYPES int, const std::array<int64_t, 5>&, double, int, int, address
+
+template <class... Rest>
+static void modulated_sine_fwd_binding(const SineTensors& tensors, const SineStrides& strides, address out, Rest... rest) {
+  SineArgs args = sine_args(tensors, strides, rest...);
+  args.out = pointer(out);
+  FOURDPERF_LAUNCH(modulated_sine_fwd)(args);
+}
+
+template <class... Rest>
+static void modulated_sine_bwd_binding(const SineTensors& tensors, const SineStrides& strides, address d_pre, address d_map,
+                                       address order, address starts, Rest... rest) {
+  SineArgs args = sine_args(tensors, strides, rest...);
+  args.d_pre = pointer(d_pre);
+  args.d_map = pointer(d_map);
+  args.order = static_cast<const int64_t*>(pointer(order));
+  args.starts = static_cast<const int64_t*>(pointer(starts));
+  FOURDPERF_LAUNCH(modulated_sine_bwd)(args);
+}
+
+template <class... Rest>
+static void modulated_sine_bwd_bwd_binding(const SineTensors& tensors, const SineStrides& strides, address d_d_out,
+                                           address d_pre, address d_map, address order, address starts, Rest... rest) {
+  SineArgs args = sine_args(tensors, strides, rest...);
+  args.d_d_out = pointer(d_d_out);
+  args.d_pre = pointer(d_pre);
+  args.d_map = pointer(d_map);
+  args.order = static_cast<const int64_t*>(pointer(order));
+  args.starts = static_cast<const int64_t*>(pointer(starts));
+  FOURDPERF_LAUNCH(modulated_sine_bwd_bwd)(args);
+}
+
 #ifndef FOURDPERF_CUDA_MODULE
 
 using Axes = std::array<int64_t, 4>;
@@ -350,6 +416,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("fourier_workspace", &fourier_workspace);
   m.def("gather_patches", &gather_patches_binding<PATCH_TYPES>, nogil());
   m.def("gather_patches_backward", &gather_patches_backward_binding<PATCH_TYPES>, nogil());
+  m.def("modulated_sine_fwd", &modulated_sine_fwd_binding<SINE_TYPES>, nogil());
+  m.def("modulated_sine_bwd", &modulated_sine_bwd_binding<SINE_TYPES>, nogil());
+  m.def("modulated_sine_bwd_bwd", &modulated_sine_bwd_bwd_binding<SINE_TYPES>, nogil());
   m.def("resize", &resize_binding, nogil());
   m.def("resize_workspace", [](int64_t n_in, int64_t n_out, int filter, bool antialias, bool adjoint) {
     return resize_workspace(n_in, n_out, Filter(filter), antialias, adjoint);

@@ -4,48 +4,12 @@
 
 #include "common/ffi.h"
 
-#ifdef FOURDPERF_FFI_CUDA
-#include <cuda_runtime.h>
-#else
-#include <cstring>
-#endif
-
 namespace fourdperf {
 
-using Dims = ffi::Span<const int64_t>;
+using Dims = FfiDims;
+using Lead = FfiLead;
 
 static ffi::Error sample_error(const char* what) { return ffi::Error::InvalidArgument(std::string("bilinear_sample: ") + what); }
-
-// The batch axes of an input against those of the results: elements to go on by for a step along each axis, 0 where shared.
-struct Lead {
-  static constexpr size_t most = 8;
-  int64_t stride[most] = {};
-
-  bool fit(Dims dims, size_t own, Dims result, size_t result_own, bool present = true) {
-    const size_t axes = result.size() - result_own;
-    if (!present) return true;
-    if (result.size() < result_own || axes > most || dims.size() != axes + own) return false;
-    int64_t size = 1;
-    for (size_t i = axes; i < dims.size(); ++i) size *= dims[i];
-    for (size_t i = axes; i-- > 0; size *= dims[i]) {
-      if (dims[i] != result[i] && dims[i] != 1) return false;
-      stride[i] = dims[i] == 1 ? 0 : size;
-    }
-    return true;
-  }
-};
-
-static const void* at(const void* p, int64_t elements, int64_t size) { return static_cast<const char*>(p) + elements * size; }
-static void* at(void* p, int64_t elements, int64_t size) { return static_cast<char*>(p) + elements * size; }
-
-static void clear(const FfiLaunch& launch, void* p, size_t bytes) {
-#ifdef FOURDPERF_FFI_CUDA
-  cudaMemsetAsync(p, 0, bytes, cudaStream_t(launch.stream));
-#else
-  (void)launch;
-  memset(p, 0, bytes);
-#endif
-}
 
 // Calls `run` once for every index of all batch axes but the last, over which the launcher itself goes.
 template <class Run>
@@ -68,21 +32,15 @@ static ffi::Error over_batches(SampleArgs args, const FfiLaunch& launch, Dims le
   return ffi_guard([&] {
     for (int64_t o = 0; o < outer; ++o) {
       SampleArgs part = args;
-      int64_t m = 0, p = 0, g = 0, h = 0, u = 0, rest = o;
-      for (size_t i = axes - 1; i-- > 0; rest /= lead[i]) {
-        const int64_t index = rest % lead[i];
-        m += index * map.stride[i], p += index * xy.stride[i], g += index * d_out.stride[i];
-        h += index * gg_map.stride[i], u += index * gg_xy.stride[i];
-      }
-      part.map = at(args.map, m, size);
-      part.xy = at(args.xy, p, acc_size);
-      if (args.d_out) part.d_out = at(args.d_out, g, size);
-      if (args.gg_map) part.gg_map = at(args.gg_map, h, size);
-      if (args.gg_xy) part.gg_xy = at(args.gg_xy, u, acc_size);
-      if (args.out) part.out = at(args.out, o * rows, size);
-      if (args.d_d_out) part.d_d_out = at(args.d_d_out, o * rows, size);
-      if (args.d_map) part.d_map = at(args.d_map, o * pixels, acc_size);
-      if (args.d_xy) part.d_xy = at(args.d_xy, o * args.batch * args.points * 2, acc_size);
+      part.map = ffi_at(args.map, map.offset(lead, o), size);
+      part.xy = ffi_at(args.xy, xy.offset(lead, o), acc_size);
+      part.d_out = ffi_at(args.d_out, d_out.offset(lead, o), size);
+      part.gg_map = ffi_at(args.gg_map, gg_map.offset(lead, o), size);
+      part.gg_xy = ffi_at(args.gg_xy, gg_xy.offset(lead, o), acc_size);
+      part.out = ffi_at(args.out, o * rows, size);
+      part.d_d_out = ffi_at(args.d_d_out, o * rows, size);
+      part.d_map = ffi_at(args.d_map, o * pixels, acc_size);
+      part.d_xy = ffi_at(args.d_xy, o * args.batch * args.points * 2, acc_size);
       run(part);
     }
   });
@@ -152,8 +110,8 @@ static ffi::Error sample_bwd_ffi(FfiLaunch launch, ffi::AnyBuffer d_out, ffi::An
   args.d_out = d_out.untyped_data();
   args.d_map = d_map->untyped_data();
   args.d_xy = d_xy->untyped_data();
-  clear(launch, args.d_map, d_map->size_bytes());
-  clear(launch, args.d_xy, d_xy->size_bytes());
+  ffi_clear(launch, args.d_map, d_map->size_bytes());
+  ffi_clear(launch, args.d_xy, d_xy->size_bytes());
   return over_batches(args, launch, lead_of(dims, 3), map_lead, xy_lead, d_out_lead, none, none,
                       [](const SampleArgs& a) { FOURDPERF_LAUNCH(bilinear_sample_bwd)(a); });
 }
@@ -185,7 +143,7 @@ static ffi::Error sample_bwd_bwd_ffi(FfiLaunch launch, ffi::AnyBuffer gg_map, ff
   args.d_d_out = d_d_out->untyped_data();
   args.d_map = d_map->untyped_data();
   args.d_xy = d_xy->untyped_data();
-  clear(launch, args.d_map, d_map->size_bytes());
+  ffi_clear(launch, args.d_map, d_map->size_bytes());
   return over_batches(args, launch, lead_of(dims, 3), map_lead, xy_lead, d_out_lead, gg_map_lead, gg_xy_lead,
                       [](const SampleArgs& a) { FOURDPERF_LAUNCH(bilinear_sample_bwd_bwd)(a); });
 }

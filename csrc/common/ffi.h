@@ -15,6 +15,9 @@
 #include "common/half.h"
 #include "common/launch.h"
 #include "xla/ffi/api/ffi.h"
+#ifdef FOURDPERF_FFI_CUDA
+#include <cuda_runtime.h>
+#endif
 
 namespace fourdperf {
 
@@ -47,6 +50,49 @@ inline bool ffi_dtype(ffi::DataType type, DType* dtype) {
     case ffi::F16: *dtype = DType::f16; return true;
     default: return false;
   }
+}
+
+using FfiDims = ffi::Span<const int64_t>;
+
+// The batch axes of an input against those of the results: elements to go on by for a step along each axis, 0 where the
+// input has length 1 (is shared). The launcher goes over the last of them, a loop around it over the others.
+struct FfiLead {
+  static constexpr size_t most = 8;
+  int64_t stride[most] = {};
+
+  // own: axes of one element of the batch. False where shapes do not fit.
+  bool fit(FfiDims dims, size_t own, FfiDims result, size_t result_own) {
+    const size_t axes = result.size() - result_own;
+    if (result.size() < result_own || axes > most || dims.size() != axes + own) return false;
+    int64_t size = 1;
+    for (size_t i = axes; i < dims.size(); ++i) size *= dims[i];
+    for (size_t i = axes; i-- > 0; size *= dims[i]) {
+      if (dims[i] != result[i] && dims[i] != 1) return false;
+      stride[i] = dims[i] == 1 ? 0 : size;
+    }
+    return true;
+  }
+
+  // Elements to index `outer` of all batch axes but the last; `lead`: the lengths of the batch axes.
+  int64_t offset(FfiDims lead, int64_t outer) const {
+    int64_t elements = 0;
+    for (size_t i = lead.size() - 1; i-- > 0; outer /= lead[i]) elements += outer % lead[i] * stride[i];
+    return elements;
+  }
+};
+
+inline const void* ffi_at(const void* p, int64_t elements, int64_t size) {
+  return p ? static_cast<const char*>(p) + elements * size : nullptr;
+}
+inline void* ffi_at(void* p, int64_t elements, int64_t size) { return p ? static_cast<char*>(p) + elements * size : nullptr; }
+
+inline void ffi_clear(const FfiLaunch& launch, void* p, size_t bytes) {
+#ifdef FOURDPERF_FFI_CUDA
+  cudaMemsetAsync(p, 0, bytes, cudaStream_t(launch.stream));
+#else
+  (void)launch;
+  memset(p, 0, bytes);
+#endif
 }
 
 template <class F> ffi::Error ffi_guard(F&& f) {

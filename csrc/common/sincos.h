@@ -5,7 +5,7 @@
 //           2^-23 of those of the exact product of the two floats, for |x f| up to 2^17. double: the product is rounded as
 //           x * f always is; pi/2 in two parts, for |x f| up to 2^30. Beyond, Payne and Hanek's reduction: 2/pi to 1280 bits
 //           in integers, one lane at a time (about ten times slower, as accurate). No range is out of bounds: infinite
-//           or NaN arguments give NaN.
+//           or NaN arguments give NaN. sine_product and cosine_product, which work out one of the two, are within 2^-22.9.
 // limits    none; no local memory on a GPU
 #pragma once
 #include <cmath>
@@ -210,6 +210,59 @@ template <class A> inline void sincos_product(vec<A> x, vec<A> f, vec<A>& sine, 
   sincos_reduced<A>(r, quadrant, sine, cosine);
 }
 #endif
+
+// ---- one of the two: float reduces by pi, to one polynomial on [-pi/2, pi/2]; double works out both
+
+// sin(x) or, with Cosine, cos(x) = sin(x + pi/2), of x = p + low
+template <bool Cosine, class V> FOURDPERF_HOST_DEVICE V one_near(V p, V low) {
+  using U = typename bits_of<V>::type;
+  constexpr float over_pi = 0x1.45f306p-2f, pi = 0x1.921fb6p+1f, pi_low = -0x1.777a5cp-24f, shift = Trig<float>::shift;
+  const V shifted = Cosine ? (p * over_pi + 0.5f) + shift : p * over_pi + shift;
+  const V k = Cosine ? shifted - shift - 0.5f : shifted - shift;
+  V r = fused(-k, V{} + pi, p);  // exact
+  r = r - (k * pi_low - low);
+  const V z = r * r;
+  const V tail = ((z * 2.60569081e-6f - 1.98095643e-4f) * z + 8.3330655e-3f) * z - 1.66666597e-1f;  // to 2^-26
+  return bit_cast<V>(bit_cast<U>(tail * (z * r) + r) ^ ((bit_cast<U>(shifted) & 1) << 31));
+}
+
+template <bool Cosine, class A> FOURDPERF_HOST_DEVICE A one_product(A x, A f) {
+  if constexpr (sizeof(A) == 4) {
+    const A p = x * f;
+    if (fabs(p) <= Trig<A>::limit) return one_near<Cosine>(p, fused(x, f, -p));
+  }
+  A sine, cosine;
+  sincos_product<A>(x, f, sine, cosine);
+  return Cosine ? cosine : sine;
+}
+
+#ifndef __CUDACC__
+template <bool Cosine, class A> __attribute__((noinline, cold)) void one_far(const A* x, const A* f, A* result) {
+  for (int i = 0; i < lanes<A>; ++i) result[i] = one_product<Cosine>(x[i], f[i]);
+}
+
+template <bool Cosine, class A> inline vec<A> one_product(vec<A> x, vec<A> f) {
+  if constexpr (sizeof(A) == 8) {
+    vec<A> sine, cosine;
+    sincos_product<A>(x, f, sine, cosine);
+    return Cosine ? cosine : sine;
+  } else {
+    const vec<A> p = x * f;
+    vec<A> result = one_near<Cosine>(p, fused(x, f, -p));
+    if (__builtin_expect(beyond(p, Trig<A>::limit), 0)) {
+      alignas(64) A x_lane[lanes<A>], f_lane[lanes<A>], lane[lanes<A>];
+      store(x_lane, x), store(f_lane, f);
+      one_far<Cosine>(x_lane, f_lane, lane);
+      result = load<A>(lane);
+    }
+    return result;
+  }
+}
+#endif
+
+// V: A, or a vector of them
+template <class A, class V> FOURDPERF_HOST_DEVICE V sine_product(V x, V f) { return one_product<false, A>(x, f); }
+template <class A, class V> FOURDPERF_HOST_DEVICE V cosine_product(V x, V f) { return one_product<true, A>(x, f); }
 
 }  // namespace
 }  // namespace fourdperf

@@ -12,9 +12,12 @@ from safetensors import safe_open
 
 from fourdperf.cli.measure import peak_memory
 from fourdperf.cli.report import Table
-from fourdperf.convert import d4rt, scaling4d
+from fourdperf.convert import d4rt, functa, latent_classifier, scaling4d
+from fourdperf.convert.flax_tree import is_orbax
 from fourdperf.models.checkpoint import CONFIG, WEIGHTS, read_config
 from fourdperf.models.d4rt import Config as D4RTConfig
+from fourdperf.models.functa import Config as FunctaConfig
+from fourdperf.models.latent_classifier import Config as LatentClassifierConfig
 from fourdperf.models.scaling4d import Config as Scaling4DConfig
 
 __all__ = ["convert"]
@@ -23,24 +26,26 @@ __all__ = ["convert"]
 def convert(
     source: Path,
     target: Path,
-    model: Literal["scaling4d", "d4rt"] | None = None,
+    model: Literal["scaling4d", "d4rt", "functa", "latent_classifier"] | None = None,
     fields: dict[str, Any] | None = None,
     arrays: bool = False,
 ) -> None:
     """Converts a file of another project to a folder with safetensors and config, or such a folder back to a file.
 
-    The files are 4DS's released .npz, and the .pth, .ckpt or .safetensors of the port of D4RT called d4rt.
+    The files are 4DS's released .npz, the .pth, .ckpt or .safetensors of the port of D4RT called d4rt, and the trees of
+    the JAX port spatial_functa and its classifiers: .msgpack, .npz, or a folder of orbax (.orbax where it is written).
 
     Args:
         source: The file, or the folder.
         target: The folder, or the file.
-        model: The kind of model; by default as the folder says, d4rt for .pth, .ckpt, .safetensors, else scaling4d.
+        model: The kind of model; by default as the folder says, d4rt for .pth, .ckpt, .safetensors, functa for
+            .msgpack and orbax, else scaling4d.
         fields: What of the model's config no array shows, where the default is wrong: --fields.num_heads 4.
         arrays: List every array with its shape.
     """
     if not source.exists():
         raise FileNotFoundError(f"no such checkpoint: {source}")
-    back = source.is_dir()
+    back = source.is_dir() and not is_orbax(source)
     kind = KINDS[model or (_kind(source) if back else _kind_of_file(source))]
     if back and target.suffix not in kind.suffixes:
         wanted = " or ".join(kind.suffixes)
@@ -70,6 +75,8 @@ def _kind(folder: Path) -> str:
 
 
 def _kind_of_file(file: Path) -> str:
+    if file.is_dir():
+        return "functa"
     return next((name for name, kind in KINDS.items() if file.suffix in kind.suffixes), "scaling4d")
 
 
@@ -111,6 +118,25 @@ def _d4rt(fields: dict) -> dict[str, str]:
     }
 
 
+def _functa(fields: dict) -> dict[str, str]:
+    c = FunctaConfig.from_dict(fields)
+    rates = f"{c.inner_rate}" if c.rates == "none" else f"learned, {c.rates}"
+    return {
+        "field": f"{c.num_layers} layers, width {c.hidden_size}, omega {c.omega_0:g}, {c.channels} channels",
+        "latent": f"{_by(c.latent_shape)}, {c.interpolation}, {c.modulate}, layout {c.modulation_layout}",
+        "signal": _by(c.image_size),
+        "fit": f"{c.inner_steps} steps, rates {rates}, times {c.rate_multiplier:g}",
+    }
+
+
+def _latent_classifier(fields: dict) -> dict[str, str]:
+    c = LatentClassifierConfig.from_dict(fields)
+    return {
+        "classifier": f"{c.kind}, {c.num_layers} layers, width {c.hidden_size}, {c.num_classes} classes",
+        "latent": f"{_by((c.latent_size, c.latent_size, c.latent_channels))}, divided by {c.normalizing_factor:g}",
+    }
+
+
 def _by(sizes: tuple[int, ...]) -> str:
     return "x".join(map(str, sizes))
 
@@ -123,4 +149,9 @@ class Kind(NamedTuple):
     describe: Callable[[dict], dict[str, str]]
 
 
-KINDS = {"scaling4d": Kind(scaling4d, (".npz",), _scaling4d), "d4rt": Kind(d4rt, d4rt.SUFFIXES, _d4rt)}
+KINDS = {
+    "scaling4d": Kind(scaling4d, (".npz",), _scaling4d),
+    "d4rt": Kind(d4rt, d4rt.SUFFIXES, _d4rt),
+    "functa": Kind(functa, functa.SUFFIXES, _functa),
+    "latent_classifier": Kind(latent_classifier, latent_classifier.SUFFIXES, _latent_classifier),
+}

@@ -20,6 +20,8 @@ COMMANDS = {
     "features": "a model's features of a video, as arrays and as pictures",
     "depth": "depth maps of a video, as arrays and as pictures",
     "reconstruct": "depth, cameras, points and tracks of a video, as arrays, files and a page to turn",
+    "fit": "learn fields that fit images in a few steps, or go on with a run",
+    "functaset": "fit every image of a data set with a functa, and look at the latents",
     "train": "train a model, or go on with a run",
     "evaluate": "how good a trained model is, against baselines",
     "demo": "everything on a small model, without any download",

@@ -1,13 +1,12 @@
 """``fourdperf train``: train a model, from the command line or a YAML file, and go on after any interruption."""
 
-import importlib.util
 import json
-import logging
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fourdperf.data.files import output_folder, write_text
+from fourdperf.cli.train_functa import functa_classifier
+from fourdperf.cli.training import check_at_least_one, check_run, make_trainer, plain_error, quiet, write_options
+from fourdperf.data.files import output_folder
 
 if TYPE_CHECKING:
     from lightning import Trainer
@@ -106,11 +105,8 @@ def d4rt(
     """
     options = dict(locals())
     _check(options)
+    quiet()
     from lightning import seed_everything
-
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no advertisement
-    warnings.filterwarnings("ignore", ".*LeafSpec.*")
-    warnings.filterwarnings("ignore", ".*returned a view tensor.*")  # nothing here works in place on it
 
     from fourdperf.convert.d4rt_encoder import init_encoder
     from fourdperf.models.d4rt import D4RT, Config
@@ -141,34 +137,27 @@ def d4rt(
             if report is not None:
                 print(report)
             if ckpt is None:
-                plain = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
-                write_text(out / "options.json", json.dumps(plain, indent=2) + "\n")
+                write_options(out, options)
         try:
             trainer.fit(module, ClipData(clips, val, batch_size, workers), ckpt_path=ckpt, weights_only=True)
         except (ValueError, OSError) as error:
-            raise _plain(error) from error
+            raise plain_error(error) from error
     if trainer.is_global_zero:
         print(f"{trainer.global_step} steps done; wrote {out / 'last.ckpt'} and {out / 'model'}")
 
 
-train = {"d4rt": d4rt}
+train = {"d4rt": d4rt, "functa_classifier": functa_classifier}
 
 
 def _check(options: dict[str, Any]) -> None:
-    positive = ("num_queries", "num_frames", "img_size", "batch_size", "max_epochs", "devices", "stride")
-    for name in (*positive, "accumulate_grad_batches", "log_every", "val_every", "val_clips", "save_every"):
-        if options[name] < 1:
-            raise ValueError(f"--{name}: wanted at least 1, got {options[name]}")
-    if options["max_steps"] is not None and options["max_steps"] < 1:
-        raise ValueError(f"--max_steps: wanted at least 1, got {options['max_steps']}")
+    sizes = ("num_queries", "num_frames", "img_size", "batch_size", "max_epochs", "devices", "stride")
+    check_at_least_one(options, *sizes, "accumulate_grad_batches", "log_every", "val_every", "val_clips", "save_every")
+    check_at_least_one(options, "max_steps")
     if not 0 < options["crop"] <= 1:
         raise ValueError(f"--crop: wanted a share in (0, 1], got {options['crop']}")
-    if options["ckpt"] is not None and not options["ckpt"].is_file():
-        raise FileNotFoundError(f"--ckpt: no such file: {options['ckpt']}")
     if options["optimizer"] == "muon" and options["strategy"] == "fsdp":
         raise ValueError("--optimizer: wanted adamw with --strategy fsdp: muon needs whole matrices")
-    if importlib.util.find_spec("lightning") is None:
-        raise ImportError("fourdperf train needs the package lightning: pip install 'fourdperf[train]'")
+    check_run("train", options)
 
 
 def _is_d4rt(init: Path) -> bool:
@@ -208,51 +197,10 @@ def _batches(clips: "Dataset", together: int) -> int:
 
 
 def _trainer(options: dict[str, Any], max_steps: int, val: "Dataset") -> "Trainer":
-    from lightning import Trainer
-    from lightning.pytorch.callbacks import TQDMProgressBar
-    from lightning.pytorch.loggers import TensorBoardLogger
-    from lightning.pytorch.strategies import ModelParallelStrategy
     from torch.utils.data import IterableDataset
 
-    from fourdperf.train.callbacks import AtomicCheckpoints, Checkpoints, Curves
+    from fourdperf.models.d4rt import MODEL
     from fourdperf.train.pictures import Pictures
 
-    out, strategy, devices = options["out"], options["strategy"], options["devices"]
-    if strategy == "fsdp":
-        strategy = ModelParallelStrategy(devices, 1, save_distributed_checkpoint=False)
-    callbacks = [
-        Curves(out, options["log_every"]),
-        Checkpoints(out, options["save_every"], options["minutes"]),
-        TQDMProgressBar(options["log_every"]),
-    ]
-    if not isinstance(val, IterableDataset):
-        callbacks.append(Pictures(out, val))
-    tensorboard = importlib.util.find_spec("tensorboard") is not None
-    return Trainer(
-        accelerator=options["accelerator"],
-        devices=devices,
-        strategy=strategy,
-        precision=options["precision"],
-        max_steps=max_steps,
-        max_epochs=-1,
-        accumulate_grad_batches=options["accumulate_grad_batches"],
-        val_check_interval=options["val_every"] * options["accumulate_grad_batches"],
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        log_every_n_steps=options["log_every"],
-        logger=TensorBoardLogger(out, name="tensorboard", version="") if tensorboard else False,
-        callbacks=callbacks,
-        plugins=[AtomicCheckpoints()],
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
-
-
-def _plain(error: Exception) -> Exception:
-    """The error of a worker without the traceback that torch puts into its message."""
-    text = str(error)
-    if "Original Traceback" not in text:
-        return error
-    kind = next(kind for kind in (FileNotFoundError, OSError, ValueError) if isinstance(error, kind))
-    return kind(text.strip().splitlines()[-1].partition(": ")[2])
+    pictures = [] if isinstance(val, IterableDataset) else [Pictures(options["out"], val)]
+    return make_trainer(options, max_steps, pictures, MODEL, "clips")

@@ -17,10 +17,19 @@ from fourdperf.ops.fourier_embed import (
     octaves,
 )
 from fourdperf.ops.gather_patches import gather_patches, gather_patches_eager
+from fourdperf.ops.modulated_siren import modulated_sine, modulated_sine_eager, modulated_siren
 from fourdperf.ops.resize import resize, resize_eager
 from fourdperf.ops.window_attention import window_attention, window_attention_eager
 
-OPS = ("bilinear_sample", "cross_attention", "fourier_embed", "gather_patches", "resize", "window_attention")
+OPS = (
+    "bilinear_sample",
+    "cross_attention",
+    "fourier_embed",
+    "gather_patches",
+    "modulated_siren",
+    "resize",
+    "window_attention",
+)
 
 __all__ = [
     "OPS",
@@ -37,6 +46,9 @@ __all__ = [
     "gather_patches_eager",
     "gaussian",
     "linear_range",
+    "modulated_sine",
+    "modulated_sine_eager",
+    "modulated_siren",
     "octaves",
     "resize",
     "resize_eager",

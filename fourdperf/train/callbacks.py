@@ -19,8 +19,12 @@ __all__ = ["AtomicCheckpoints", "Checkpoints", "Curves"]
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
-    """Lightning's checkpoints, written whole or not at all, and read without unpickling code; the network alone is
-    written beside each, to the folder `model`, for `from_pretrained`."""
+    """Lightning's checkpoints, written whole or not at all, and read without unpickling code; the network alone, of the
+    family `model`, is written beside each, to the folder `model`, for `from_pretrained`."""
+
+    def __init__(self, model: str = MODEL) -> None:
+        super().__init__()
+        self.model = model
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options=None) -> None:
         with atomic_path(path) as temporary:
@@ -31,7 +35,7 @@ class AtomicCheckpoints(TorchCheckpointIO):
             if name.startswith("model.")
         }
         entries = [Entry(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items()]
-        write_checkpoint(Path(path).parent / "model", MODEL, checkpoint["model_config"], entries, weights.values())
+        write_checkpoint(Path(path).parent / "model", self.model, checkpoint["model_config"], entries, weights.values())
 
     def load_checkpoint(self, path: str | os.PathLike, map_location=None, weights_only=None) -> dict[str, Any]:
         return read_run(Path(path), map_location or "cpu")
@@ -65,10 +69,10 @@ class Checkpoints(Callback):
 
 class Curves(Callback):
     """Appends every `every`-th step's metrics to `out`/train.csv and every validation's to `out`/val.csv. A resumed run
-    first drops what a killed one wrote after its last checkpoint."""
+    first drops what a killed one wrote after its last checkpoint. `items` are what a batch is made of."""
 
-    def __init__(self, out: Path, every: int):
-        self.out, self.every = out, every
+    def __init__(self, out: Path, every: int, items: str = "clips"):
+        self.out, self.every, self.items = out, every, items
         self.since = (0, 0.0)
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
@@ -82,9 +86,10 @@ class Curves(Callback):
         if step <= self.since[0] or step % self.every:
             return
         now = time.monotonic()
-        clips = (step - self.since[0]) * trainer.accumulate_grad_batches * trainer.world_size * len(batch.video)
+        seen = (step - self.since[0]) * trainer.accumulate_grad_batches * trainer.world_size * len(batch[0])
         row = _scalars(trainer.callback_metrics, "train/")
-        row |= {"lr": trainer.optimizers[0].param_groups[0]["lr"], "clips_per_second": clips / (now - self.since[1])}
+        rate = trainer.optimizers[0].param_groups[0]["lr"]
+        row |= {"lr": rate, f"{self.items}_per_second": seen / (now - self.since[1])}
         self.since = (step, now)
         if trainer.is_global_zero:
             _append(self.out / "train.csv", step, row)

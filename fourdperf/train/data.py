@@ -78,22 +78,24 @@ class BatchNumbers(Sampler[list[int]]):
             batch += 1
 
 
-class Shuffled(Dataset[Clip]):
+class Shuffled(Dataset):
     """A finite data set as an endless one: number i is item i mod n of pass i // n, each pass in an order of its own;
     its length is that of a pass."""
 
-    def __init__(self, dataset: Dataset[Clip], seed: int):
-        self.dataset, self.seed = dataset, seed
+    def __init__(self, dataset: Dataset, seed: int):
+        self.dataset, self.seed, self.last = dataset, seed, (-1, None)
         if not len(dataset):
             raise ValueError("dataset: wanted at least one clip, got none")
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, number: int) -> Clip:
+    def __getitem__(self, number: int):
         visit, position = divmod(number, len(self.dataset))
-        order = torch.randperm(len(self.dataset), generator=clip_generator(self.seed, 2**32 - 1 - visit))
-        return self.dataset[int(order[position])]
+        if self.last[0] != visit:
+            generator = clip_generator(self.seed, 2**32 - 1 - visit)
+            self.last = visit, torch.randperm(len(self.dataset), generator=generator)
+        return self.dataset[int(self.last[1][position])]
 
 
 def collate(clips: Sequence[Clip]) -> Clip:
@@ -114,13 +116,19 @@ def collate(clips: Sequence[Clip]) -> Clip:
 
 
 def loader(
-    dataset: Dataset[Clip], batch_size: int, workers: int, rank: int, ranks: int, first: Callable[[], int]
+    dataset: Dataset,
+    batch_size: int,
+    workers: int,
+    rank: int,
+    ranks: int,
+    first: Callable[[], int],
+    collate_fn: Callable | None = collate,
 ) -> DataLoader:
-    """Endless batches of this process, from its `first()`-th on."""
+    """Endless batches of this process, from its `first()`-th on; collate_fn: None is torch's own."""
     return DataLoader(
         dataset,
         batch_sampler=BatchNumbers(batch_size, rank, ranks, first),
-        collate_fn=collate,
+        collate_fn=collate_fn,
         num_workers=workers,
         persistent_workers=workers > 0,
         prefetch_factor=4 if workers else None,

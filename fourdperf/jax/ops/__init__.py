@@ -11,6 +11,7 @@ from fourdperf.jax.ops.fourier_embed import (
     octaves,
 )
 from fourdperf.jax.ops.gather_patches import gather_patches
+from fourdperf.jax.ops.modulated_siren import modulated_sine, modulated_siren
 from fourdperf.jax.ops.resize import resize
 from fourdperf.jax.ops.window_attention import window_attention
 
@@ -23,6 +24,8 @@ __all__ = [
     "gather_patches",
     "gaussian",
     "linear_range",
+    "modulated_sine",
+    "modulated_siren",
     "octaves",
     "resize",
     "window_attention",
