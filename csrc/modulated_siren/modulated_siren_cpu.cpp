@@ -125,8 +125,8 @@ template <class T> class Result {
  public:
   Result(const SineArgs& a, void* p, int64_t batch, int64_t point)
       : row_(p ? static_cast<T*>(p) + (batch * a.points + point) * a.channels : nullptr),
-        streamed_(a.batch * a.points * a.channels * int64_t(sizeof(T)) >= kStreamed && a.channels % lanes<acc_t<T>> == 0 &&
-                  uintptr_t(p) % kVectorBytes == 0) {}
+        streamed_(p && a.batch * a.points * a.channels * int64_t(sizeof(T)) >= kStreamed &&
+                  a.channels % lanes<acc_t<T>> == 0 && uintptr_t(p) % kVectorBytes == 0) {}
 
   void put(vec<acc_t<T>> v, int64_t i, Full) const {
     if (streamed_) store_streaming(row_ + i, v);

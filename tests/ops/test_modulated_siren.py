@@ -138,6 +138,24 @@ def test_large_angles(target):
     assert (got.cpu() - want)[..., 3].abs().max() < 2e-6  # the double product rounds as well
 
 
+@pytest.mark.parametrize("wanted", [("pre",), ("map",), ("pre", "map")], ids="-".join)
+def test_large_results_of_which_not_all_are_wanted(wanted, target):
+    """16 MB and more are written past the caches: a gradient that nobody asked for has no memory to write to."""
+    if target.backend != "native":
+        pytest.skip("streaming stores are the native kernels'")
+    values = {"pre": sample((1, 65536, 64), torch.float32), "map": sample((1, 2, 2, 64), torch.float32, seed=1)}
+    xy = torch.rand(65536, 2, generator=torch.Generator().manual_seed(2)).to(target.device)
+    found = []
+    for backend in (target.backend, "eager"):
+        x = {name: v.to(target.device).requires_grad_(name in wanted) for name, v in values.items()}
+        out = modulated_sine(x["pre"], x["map"], xy, omega=1.0, backend=backend)
+        leaves = [x[name] for name in wanted]
+        grads = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+        found.append((out, *grads, *torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)))
+    for ours, plain in zip(*found):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4 * plain.abs().max().item())
+
+
 @rules
 def test_special_coordinates(rule, target):
     """NaN, infinities, huge numbers and the ends of the range: as in eager, and never out of bounds."""
