@@ -1,10 +1,13 @@
 """What makes meta-learning of functa stable, and what the layout of its modulations is worth, at equal budget.
 
-    python -m fourdperf.benchmarks.functa_recipe [FOLDER]      writes recipe.csv, layout.png, rates.png, outer.png
+    python -m fourdperf.benchmarks.functa_recipe [FOLDER]      writes recipe.csv and its pictures
 
 Each variant is a run of `fourdperf fit functa` on digits, 300 steps of 16 images with the same seed; only the options
 named here differ from the command's defaults. PSNR is that of 179 images held out. Variants that are in recipe.csv are
 not run again.
+
+With 4 sine layers (5 in all) on 8x8 pixels, upstream's layout gives the four quarters of an image the same modulations
+in every layer: nothing but a picture that repeats can come out, and 9.06 dB is the mean of the best ones.
 """
 
 import csv
@@ -20,12 +23,16 @@ FOLDER = Path("benchmarks/results/functa")
 BUDGET = ("--max_steps=300", "--batch_size=16", "--val_every=25", "--save_every=300")
 UPSTREAM = ("--model.modulation_layout=upstream", "--model.transposed_grid=true", "--model.rate_range=null")
 FUNCTA = ("--model.rate_multiplier=1",)  # rates that start in 0.005 .. 0.1
-FINE = ("--model.latent_size=4", "--model.latent_channels=4")
+FINE, DEEP = ("--model.latent_size=4", "--model.latent_channels=4"), ("--model.num_layers=6",)
 VARIANTS = {
     "layout": {
         "default": (),
         "upstream's layout alone": ("--model.modulation_layout=upstream",),
         "all as upstream": (*FUNCTA, *UPSTREAM, "--rates_lr=1"),
+        "6 layers": DEEP,
+        "6 layers, upstream's layout": (*DEEP, "--model.modulation_layout=upstream"),
+    },
+    "layout_fine": {
         "4 x 4 x 4 latents": FINE,
         "4 x 4 x 4, upstream's layout": (*FINE, "--model.modulation_layout=upstream"),
     },

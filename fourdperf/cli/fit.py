@@ -17,7 +17,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 # A step of Adam is as long for any weight, and a wide SIREN has small ones.
 LR = {"digits": 5e-4, "mnist": 3e-4, "cifar10": 1e-4, "folder": 1e-4}
-# Step sizes that start in 0.0015 .. 0.03; those of functa, up to 0.1, want a lower --lr (benchmarks/functa_recipe.py).
+# Step sizes that start in 0.0015 .. 0.03: near 0.1, where functa's end, runs with --lr 1e-3 could diverge.
 LEARNED, CONSTANT = {"rates": "full", "rate_multiplier": 0.3}, {"inner_rate": 0.03}
 
 

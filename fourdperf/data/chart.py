@@ -29,7 +29,8 @@ def line_chart(
     y_label: str = "",
     size: tuple[int, int] = (420, 680),
 ) -> np.ndarray:
-    """The curves by their names, each as (x, y); a value that is not finite is a gap.
+    """The curves by their names, each as (x, y), with a legend on the right if there are several; a value that is not
+    finite is a gap.
 
     Raises:
         ValueError: a curve's x and y differ in length, or no value at all is finite.
@@ -43,7 +44,10 @@ def line_chart(
     (x_ticks, y_ticks) = (_ticks(axis.min(), axis.max()) for axis in points)
     low = np.array([min(points[0].min(), x_ticks[0]), min(points[1].min(), y_ticks[0])])
     high = np.array([max(points[0].max(), x_ticks[-1]), max(points[1].max(), y_ticks[-1])])
-    corner, span = np.array([LEFT, height - BOTTOM]), np.array([width - LEFT - RIGHT, TOP + BOTTOM - height])
+    names = list(values) if len(values) > 1 else []
+    legend = max((cv2.getTextSize(name, FONT, SIZE, 1)[0][0] + 40 for name in names), default=0)
+    right = width - RIGHT - legend
+    corner, span = np.array([LEFT, height - BOTTOM]), np.array([right - LEFT, TOP + BOTTOM - height])
     place = lambda xy: corner + (np.asarray(xy) - low) / (high - low) * span
 
     image = np.full((height, width, 3), PAPER, np.uint8)
@@ -53,9 +57,9 @@ def line_chart(
         _write(image, f"{x:g}", at, height - BOTTOM + LINE, 0.5)
     for y in y_ticks:
         at = int(place((low[0], y))[1])
-        cv2.line(image, (LEFT, at), (width - RIGHT, at), GRID, 1)
+        cv2.line(image, (LEFT, at), (right, at), GRID, 1)
         _write(image, f"{y:g}", LEFT - 6, at + 5, 1)
-    cv2.rectangle(image, (LEFT, TOP), (width - RIGHT, height - BOTTOM), INK, 1)
+    cv2.rectangle(image, (LEFT, TOP), (right, height - BOTTOM), INK, 1)
     for number, curve in enumerate(values.values()):
         colour = COLOURS[number % len(COLOURS)]
         shown = np.isfinite(curve).all(0)
@@ -63,9 +67,12 @@ def line_chart(
             if shown[part].all():
                 line = np.rint(place(curve[:, part].T) * 2**SUBPIXELS).astype(np.int32)
                 cv2.polylines(image, [line], len(part) == 1, colour, 2, cv2.LINE_AA, SUBPIXELS)
-    _legend(image, list(values))
-    _write(image, title, width // 2, 18, 0.5)
-    _write(image, x_label, width // 2, height - 8, 0.5)
+    for number, name in enumerate(names):
+        y = TOP + LINE * number + 12
+        cv2.line(image, (right + 10, y), (right + 30, y), COLOURS[number % len(COLOURS)], 2, cv2.LINE_AA)
+        _write(image, name, right + 36, y + 5, 0)
+    _write(image, title, (LEFT + right) // 2, 18, 0.5)
+    _write(image, x_label, (LEFT + right) // 2, height - 8, 0.5)
     _write(image, y_label, 4, 18, 0)
     return image
 
@@ -85,21 +92,6 @@ def _ticks(low: float, high: float) -> np.ndarray:
     power = 10.0 ** np.floor(np.log10(rough))
     step = power * min((1, 2, 5, 10), key=lambda factor: abs(factor * power - rough))
     return np.round(np.arange(np.floor(low / step), np.ceil(high / step) + 1) * step, 12)
-
-
-def _legend(image: np.ndarray, names: list[str]) -> None:
-    """The names in the lower right corner of the axes, where rising curves leave room."""
-    if len(names) < 2:
-        return
-    wide = max(cv2.getTextSize(name, FONT, SIZE, 1)[0][0] for name in names) + 40
-    height, width = image.shape[:2]
-    left, top = width - RIGHT - wide - 8, height - BOTTOM - LINE * len(names) - 10
-    box = image[top : height - BOTTOM - 4, left : width - RIGHT - 4]
-    box[:] = np.rint(0.2 * box + 0.8 * PAPER)
-    for number, name in enumerate(names):
-        y = top + LINE * number + 12
-        cv2.line(image, (left + 6, y), (left + 26, y), COLOURS[number % len(COLOURS)], 2, cv2.LINE_AA)
-        _write(image, name, left + 32, y + 5, 0)
 
 
 def _write(image: np.ndarray, text: str, x: int, y: int, share: float) -> None:

@@ -395,9 +395,9 @@ def fit(
     steps: of gradient descent, by default the config's.
     order: of the outer gradient in the model's parameters, rates included. 0: none. 1: inner gradients count as
         constants (first-order MAML). 2: exact. Steps keep nothing but latents, and make their graph again when it is
-        needed; only the last forward pass is kept, and that of a signal of more than `TILE` points is made again too.
-    chunk: signals at a time, by default as many as have `TILE` points. More of them take more memory, about 50 kB a
-        point with the default sizes.
+        needed; only the last forward pass is kept, and that of a signal larger than a tile is made again too.
+    chunk: signals at a time, by default as many as fill a tile: 1024 points a thread on a CPU, 65536 on a GPU. More of
+        them take more memory, about 50 kB a point with the default sizes.
     Raises ValueError for shapes, dtypes or devices that do not fit, and an unknown order.
     """
     if order not in (0, 1, 2):
@@ -408,7 +408,9 @@ def fit(
     return _fit(model, *_known(model, target, coords), steps, order, chunk)
 
 
-TILE = {"cpu": 4096, "cuda": 65536}  # points worked on together: few enough for a cache, many for few launches
+def _tile(device: torch.device) -> int:
+    """Points worked on together: on a CPU as many as stay in its caches, on a GPU many for few launches."""
+    return 1024 * min(max(torch.get_num_threads(), 2), 16) if device.type == "cpu" else 65536
 
 
 def _known(model: Functa, target: Tensor, coords: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -428,7 +430,7 @@ def _fit(model, target, coords, steps, order, chunk) -> Fitted:
     config, (batch, points, _) = model.config, target.shape
     if steps is not None and steps != 0:
         check_int("steps", steps)
-    limit = TILE.get(target.device.type, TILE["cpu"])
+    limit = _tile(target.device)
     chunk = max(1, limit // points) if chunk is None else chunk
     check_int("chunk", chunk)
     rows, parts = _slices(batch, chunk), _slices(points, points if config.mixes_points else limit)

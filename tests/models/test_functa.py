@@ -358,7 +358,7 @@ def test_signals_larger_than_a_tile(interpolation, order, monkeypatch):
     target = signal(model, 5)
     want = fit(model, target, order=order)
     grads = gradients(model, want.loss.mean()) if order else {}
-    monkeypatch.setattr(functa, "TILE", {"cpu": 7})
+    monkeypatch.setattr(functa, "_tile", lambda device: 7)
     got = fit(model, target, order=order, chunk=2)
     for a, b in zip(got, want):
         close(a.detach(), b.detach())
@@ -543,6 +543,7 @@ def test_save_and_load(tmp_path):
 STEP = """
 import resource, sys, torch
 from fourdperf.models.functa import Config, Functa, fit
+torch.set_num_threads(2)
 model, batch = Functa(Config(interpolation=sys.argv[1], rates="full")), int(sys.argv[2])
 adam = torch.optim.Adam(model.parameters())
 if batch:
@@ -560,7 +561,7 @@ def peak(interpolation, batch):
 
 @pytest.mark.parametrize("interpolation", INTERPOLATION)
 def test_memory_of_a_signal(interpolation):
-    """Beyond the four signals that a step works on together, each takes less than 100 MB; so do those four."""
+    """Less than 100 MB each, and less than 40 beyond those that a step works on together."""
     none, four, eight = (peak(interpolation, batch) for batch in (0, 4, 8))
     assert (eight - four) / 4 < 40
     assert (four - none) / 4 < 100

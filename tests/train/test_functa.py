@@ -47,6 +47,15 @@ def close(a, b) -> bool:
     return max((a[name] - b[name]).abs().max().item() for name in a) < 2e-5
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """These sizes are too small to share, and threads that wait for each other are slow where others work as well."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     """A run of eight steps that nothing interrupted, two batches each."""
