@@ -7,7 +7,6 @@ compared with its JAX reference on the way.
 import json
 import textwrap
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -113,21 +112,15 @@ def d4rt(
 
 
 def _errors(model: D4RT, scene: Scene) -> Table:
-    """The model's errors on a scene, and in brackets those of each baseline."""
+    """The model's errors on a scene, and below each those of the baselines."""
     config = model.config
     grid = tuple(max(1, n // 2) for n in config.image_size)
     train = [Scene(scene_seed("train", i), config.num_frames, config.image_size) for i in range(AVERAGED)]
     with torch.inference_mode():
         found = evaluate_scenes(model, [scene], training_averages(train, grid), grid)
-    rows = [
-        [label, _beside(found[task], measure)]
-        for task, measures in MEASURES.items()
-        for measure, label in measures.items()
-    ]
-    return Table("errors on this scene", ["", "D4RT (baselines)"], rows)
-
-
-def _beside(found: Mapping[str, Mapping[str, float]], measure: str) -> str:
-    ours = found["D4RT"][measure]
-    others = ", ".join(f"{name} {row[measure]:.3f}" for name, row in found.items() if name != "D4RT")
-    return f"{ours:.3f} ({others})"
+    rows = []
+    for task, measures in MEASURES.items():
+        for measure, label in measures.items():
+            rows.append([label, f"{found[task]['D4RT'][measure]:.3f}"])
+            rows += [[f"- {name}", f"{row[measure]:.3f}"] for name, row in found[task].items() if name != "D4RT"]
+    return Table("errors on this scene", ["", "D4RT - and baselines"], rows)

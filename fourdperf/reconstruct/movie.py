@@ -36,8 +36,11 @@ def write_depth_movie(path: str | os.PathLike, reconstruction: Reconstruction, f
 
 
 def write_depth_sheet(path: str | os.PathLike, reconstruction: Reconstruction) -> None:
-    """Writes a PNG with up to 8 frames spread over the video, their depth and its confidence (dark is 0, white is 1),
-    above the scale of the depth.
+    """Writes a PNG with up to 8 frames spread over the video, their depth and how sure the model is of it, above the
+    scale of the depth.
+
+    Confidences are shown by rank, black for the least of the video and white for the highest: where the loss lets them,
+    all are near 1.
 
     Raises:
         OSError: the file cannot be written.
@@ -47,15 +50,16 @@ def write_depth_sheet(path: str | os.PathLike, reconstruction: Reconstruction) -
     if not total:
         raise ValueError(f"cannot write {path}: wanted at least one frame, got none")
     colours = DepthColours.fit(reconstruction.depth)
+    ranks = np.sort(reconstruction.depth_confidence, axis=None)
     columns = []
     for t in np.unique(np.linspace(0, total - 1, min(total, SHEET_COLUMNS)).round().astype(int)):
         frame = reconstruction.video[t]
         size = max(1, round(SHEET_WIDTH * frame.shape[0] / frame.shape[1])), SHEET_WIDTH
-        sure = np.nan_to_num(reconstruction.depth_confidence[t]).clip(0, 1)[..., None].repeat(3, -1)
+        sure = np.searchsorted(ranks, reconstruction.depth_confidence[t], side="right") / ranks.size
         cells = {
             f"frame {t}": cv2.resize(frame, size[::-1], interpolation=cv2.INTER_AREA),
             "depth": enlarge(colours(reconstruction.depth[t]), *size),
-            "confidence": enlarge((255 * sure).round().astype(np.uint8), *size),
+            "confidence": enlarge((255 * sure[..., None].repeat(3, -1)).round().astype(np.uint8), *size),
         }
         columns.append(stack([label(image, name) for name, image in cells.items()]))
     write_png(path, stack([side_by_side(columns), colours.legend(min(488, SHEET_WIDTH * len(columns)))]))
