@@ -15,6 +15,7 @@
 #include "fourier_embed/fourier_embed.h"
 #include "gather_patches/gather_patches.h"
 #include "modulated_siren/modulated_siren.h"
+#include "procrustes/procrustes.h"
 #include "resize/resize.h"
 #include "window_attention/window_attention.h"
 #ifdef FOURDPERF_FFI
@@ -271,6 +272,34 @@ static void modulated_sine_bwd_bwd_binding(const SineTensors& tensors, const Sin
   FOURDPERF_LAUNCH(modulated_sine_bwd_bwd)(args);
 }
 
+static void procrustes_binding(address x, address out, address flip, int dtype, int64_t batch, int64_t n, bool special,
+                               address where) {
+  ProcrustesArgs args{};
+  args.x = pointer(x);
+  args.out = pointer(out);
+  args.flip = pointer(flip);
+  args.dtype = DType(dtype);
+  args.batch = batch;
+  args.n = n;
+  args.special = special;
+  place(args, where);
+  FOURDPERF_LAUNCH(procrustes)(args);
+}
+
+static void procrustes_solve_binding(address h, address p, address flip, address y, int dtype, int64_t batch, int64_t n,
+                                     address where) {
+  ProcrustesArgs args{};
+  args.x = pointer(h);
+  args.p = pointer(p);
+  args.flip = pointer(flip);
+  args.out = pointer(y);
+  args.dtype = DType(dtype);
+  args.batch = batch;
+  args.n = n;
+  place(args, where);
+  FOURDPERF_LAUNCH(procrustes_solve)(args);
+}
+
 #ifndef FOURDPERF_CUDA_MODULE
 
 using Axes = std::array<int64_t, 4>;
@@ -419,6 +448,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("modulated_sine_fwd", &modulated_sine_fwd_binding<SINE_TYPES>, nogil());
   m.def("modulated_sine_bwd", &modulated_sine_bwd_binding<SINE_TYPES>, nogil());
   m.def("modulated_sine_bwd_bwd", &modulated_sine_bwd_bwd_binding<SINE_TYPES>, nogil());
+  m.def("procrustes", &procrustes_binding, nogil());
+  m.def("procrustes_solve", &procrustes_solve_binding, nogil());
   m.def("resize", &resize_binding, nogil());
   m.def("resize_workspace", [](int64_t n_in, int64_t n_out, int filter, bool antialias, bool adjoint) {
     return resize_workspace(n_in, n_out, Filter(filter), antialias, adjoint);

@@ -12,34 +12,46 @@ from safetensors import safe_open
 
 from fourdperf.cli.measure import peak_memory
 from fourdperf.cli.report import Table
-from fourdperf.convert import d4rt, functa, latent_classifier, scaling4d
+from fourdperf.convert import d4rt, functa, latent_classifier, niso, scaling4d
+from fourdperf.convert import tokenizer as tokenizers
 from fourdperf.convert.flax_tree import is_orbax
 from fourdperf.models.checkpoint import CONFIG, WEIGHTS, read_config
 from fourdperf.models.d4rt import Config as D4RTConfig
 from fourdperf.models.functa import Config as FunctaConfig
 from fourdperf.models.latent_classifier import Config as LatentClassifierConfig
+from fourdperf.models.maskgit_vqgan import Config as MaskGITVQGANConfig
+from fourdperf.models.niso import Config as NisoConfig
 from fourdperf.models.scaling4d import Config as Scaling4DConfig
+from fourdperf.models.titok import Config as TiTokConfig
+from fourdperf.models.token_generator import Config as TokenGeneratorConfig
+from fourdperf.models.tokenizer import Config as TokenizerConfig
 
 __all__ = ["convert"]
+
+Kinds = Literal[
+    "scaling4d", "d4rt", "functa", "latent_classifier", "niso", "titok", "maskgit_vqgan", "token_generator", "tokenizer"
+]
 
 
 def convert(
     source: Path,
     target: Path,
-    model: Literal["scaling4d", "d4rt", "functa", "latent_classifier"] | None = None,
+    model: Kinds | None = None,
     fields: dict[str, Any] | None = None,
     arrays: bool = False,
 ) -> None:
     """Converts a file of another project to a folder with safetensors and config, or such a folder back to a file.
 
     The files are 4DS's released .npz, the .pth, .ckpt or .safetensors of the port of D4RT called d4rt, and the trees of
-    the JAX port spatial_functa and its classifiers: .msgpack, .npz, or a folder of orbax (.orbax where it is written).
+    the JAX port spatial_functa and its classifiers and of Neural Isometries: .msgpack, .npz, or a folder of orbax
+    (.orbax where it is written); TiTok's tokenizers and generators and MaskGIT's VQGAN, .bin or .safetensors, and the
+    .ckpt of the 1-D tokenizer on taming-transformers.
 
     Args:
         source: The file, or the folder.
         target: The folder, or the file.
         model: The kind of model; by default as the folder says, d4rt for .pth, .ckpt, .safetensors, functa for
-            .msgpack and orbax, else scaling4d.
+            .msgpack and orbax, titok for .bin, else scaling4d.
         fields: What of the model's config no array shows, where the default is wrong: --fields.num_heads 4.
         arrays: List every array with its shape.
     """
@@ -137,6 +149,59 @@ def _latent_classifier(fields: dict) -> dict[str, str]:
     }
 
 
+def _niso(fields: dict) -> dict[str, str]:
+    c = NisoConfig.from_dict(fields)
+    lines = {
+        "kind": c.kind,
+        "signal": f"{_by(c.image_size)} with {c.channels} channels",
+        "operator": f"{c.op_dim} functions on a grid of {_by(c.grid)}, {c.latent_channels} channels",
+    }
+    if c.encoder_channels:
+        lines["encoder"] = f"{len(c.encoder_channels)} levels, widths {', '.join(map(str, c.encoder_channels))}"
+    if c.kind != "autoencoder":
+        lines["head"] = f"{c.head_layers} layers, width {c.head_features}"
+    return lines
+
+
+def _titok(fields: dict) -> dict[str, str]:
+    c = TiTokConfig.from_dict(fields)
+    code = f"{c.codebook_size} codes of {c.latent_channels}" if c.mode == "vq" else f"Gaussians of {c.latent_channels}"
+    pixels = "pixels" if c.target == "pixels" else f"{c.target_codes} codes of pixels"
+    return {
+        "encoder": f"{c.num_layers} layers, width {c.hidden_size}, {c.num_heads} heads",
+        "latents": f"{c.num_latents} out of {code}, layout {c.latent_layout}",
+        "decoder": f"{c.decoder_layers} layers, width {c.decoder_size}, {c.decoder_heads} heads, to {pixels}",
+        "image": f"{_by(c.image_size)}, patches of {c.patch_size}" + (", pixel decoder" if c.pixels else ""),
+    }
+
+
+def _maskgit_vqgan(fields: dict) -> dict[str, str]:
+    c = MaskGITVQGANConfig.from_dict(fields)
+    return {
+        "levels": f"widths {', '.join(map(str, c.widths))}, {c.res_blocks} blocks each, shortcut of the {c.shortcut}",
+        "codes": f"{c.codebook_size} of {c.latent_channels}, one each {c.factor}x{c.factor} pixels",
+    }
+
+
+def _token_generator(fields: dict) -> dict[str, str]:
+    c = TokenGeneratorConfig.from_dict(fields)
+    return {
+        "generator": f"{c.kind}, {c.num_layers} layers, width {c.hidden_size}, {c.num_heads} heads",
+        "tokens": f"{c.num_tokens} out of {c.codebook_size} codes, {c.num_classes} classes",
+        "sampling": f"{c.steps} steps, guidance {c.guidance:g} ({c.schedule}), temperature {c.temperature:g}",
+    }
+
+
+def _tokenizer(fields: dict) -> dict[str, str]:
+    c = TokenizerConfig.from_dict(fields)
+    return {
+        "encoder": f"{c.num_layers} layers, width {c.hidden_size}, {c.num_heads} heads, {c.activation}",
+        "latents": f"{c.num_latents} out of {c.codebook_size} codes of {c.latent_channels}, layout {c.latent_layout}",
+        "decoder": f"grid {_by(c.decoder_grid)}, {len(c.channel_multipliers)} levels from {c.decoder_channels} channels",
+        "image": f"{_by(c.image_size)}, patches of {c.patch_size}",
+    }
+
+
 def _by(sizes: tuple[int, ...]) -> str:
     return "x".join(map(str, sizes))
 
@@ -144,7 +209,7 @@ def _by(sizes: tuple[int, ...]) -> str:
 class Kind(NamedTuple):
     """A model: what converts it, the suffixes of the foreign files, and its config in words."""
 
-    converter: ModuleType
+    converter: ModuleType | tokenizers.Family
     suffixes: tuple[str, ...]
     describe: Callable[[dict], dict[str, str]]
 
@@ -154,4 +219,9 @@ KINDS = {
     "d4rt": Kind(d4rt, d4rt.SUFFIXES, _d4rt),
     "functa": Kind(functa, functa.SUFFIXES, _functa),
     "latent_classifier": Kind(latent_classifier, latent_classifier.SUFFIXES, _latent_classifier),
+    "titok": Kind(tokenizers.TITOK, tokenizers.SUFFIXES, _titok),
+    "maskgit_vqgan": Kind(tokenizers.MASKGIT_VQGAN, tokenizers.SUFFIXES, _maskgit_vqgan),
+    "token_generator": Kind(tokenizers.GENERATOR, tokenizers.SUFFIXES, _token_generator),
+    "tokenizer": Kind(tokenizers.TOKENIZER, tokenizers.SUFFIXES, _tokenizer),
+    "niso": Kind(niso, niso.SUFFIXES, _niso),
 }

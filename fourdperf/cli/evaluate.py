@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from fourdperf.cli.checkpoints import Device, pick_device
+from fourdperf.cli.evaluate_niso import niso
 from fourdperf.cli.reconstruct import SHIPPED_WEIGHTS
 from fourdperf.data.files import write_text
 from fourdperf.data.queries import Clip
@@ -86,7 +87,7 @@ def d4rt(
         print(f"\nwrote {out}")
 
 
-evaluate = {"d4rt": d4rt}
+evaluate = {"d4rt": d4rt, "niso": niso}
 
 
 def _each(dataset: torch.utils.data.Dataset) -> Iterator[Clip]:

@@ -22,6 +22,7 @@ COMMANDS = {
     "reconstruct": "depth, cameras, points and tracks of a video, as arrays, files and a page to turn",
     "fit": "learn fields that fit images in a few steps, or go on with a run",
     "functaset": "fit every image of a data set with a functa, and look at the latents",
+    "niso_data": "raw data sets, or stand-ins, as shards that Neural Isometries train on",
     "train": "train a model, or go on with a run",
     "evaluate": "how good a trained model is, against baselines",
     "demo": "everything on a small model, without any download",
@@ -74,6 +75,8 @@ def _run(name: str, options: list[str]) -> int | None:
         # jsonargparse makes only required parameters positional, and `bench resize` should work as well as `bench`.
         words = next((i for i, option in enumerate(options) if option.startswith("-")), len(options))
         options = [f"--names+={word}" for word in options[:words]] + options[words:]
+    if name == "train" and options and not options[0].startswith("-"):
+        options = [*options[0].split("."), *options[1:]]  # train niso.laplacian
     try:
         return auto_cli(function, args=options, prog=f"fourdperf {name}", exit_on_error=False)
     except ArgumentError as error:

@@ -17,8 +17,8 @@ from fourdperf.data.files import write_bytes
 from fourdperf.models.checkpoint import CheckpointError
 
 SUFFIXES = (".msgpack", ".npz", ".orbax")
-# Where a training state, or what wraps it, keeps the parameters.
-WRAPPERS = ("params", "state", "train_state", "model")
+# Where a training state, or what wraps it, keeps the parameters. A model may have a part of one of these names.
+WRAPPERS = ("state", "train_state", "model")
 # One of these lies beside the arrays in a folder of orbax: in that of the present format, and of the one before.
 ORBAX = ("_METADATA", "checkpoint")
 
@@ -43,8 +43,7 @@ def read_parameters(path: str | os.PathLike) -> dict[str, np.ndarray]:
             tree = nested({name: npz.read(name) for name in npz.shapes}, path)
     else:
         tree = _read_msgpack(path)
-    while isinstance(tree, Mapping) and (inner := [tree[x] for x in WRAPPERS if isinstance(tree.get(x), Mapping)]):
-        tree = inner[0]
+    tree = _unwrapped(tree)
     if not isinstance(tree, Mapping) or not tree:
         raise CheckpointError(f"{path}: expected a tree of parameters, got {type(tree).__name__}")
     arrays = flat(tree)
@@ -114,6 +113,17 @@ def unpacked(rows: list[Row], state: Mapping[str, torch.Tensor]) -> dict[str, np
         for row in rows
         for (name, _), part in zip(row.sources, row.unpack(_array(state[row.key])), strict=True)
     }
+
+
+def _unwrapped(tree: Any) -> Any:
+    """What lies below `params`, reached through WRAPPERS; the tree itself where that leads nowhere."""
+    if not isinstance(tree, Mapping):
+        return tree
+    if isinstance(tree.get("params"), Mapping):
+        inner = tree["params"]
+        return _unwrapped(inner) if isinstance(inner.get("params"), Mapping) else inner
+    below = ((tree[name], _unwrapped(tree[name])) for name in WRAPPERS if name in tree)
+    return next((found for inner, found in below if found is not inner), tree)
 
 
 def _tensor(x: np.ndarray) -> torch.Tensor:

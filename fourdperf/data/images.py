@@ -31,7 +31,7 @@ from torch.utils.data import Dataset
 
 from fourdperf.data.scene_files import IMAGE_SUFFIXES, decode_image
 
-__all__ = ["ArrayImages", "FolderImages", "Images", "Name", "Split", "open_images"]
+__all__ = ["ArrayImages", "FolderImages", "Images", "Name", "Split", "crop_middle", "open_images"]
 
 Name = Literal["digits", "mnist", "cifar10", "folder"]
 Split = Literal["train", "val", "test"]
@@ -106,7 +106,7 @@ class FolderImages(Images):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path = self.paths[index]
         colours = cv2.IMREAD_COLOR if self.channels == 3 else cv2.IMREAD_GRAYSCALE
-        image = _crop(decode_image(path.read_bytes(), str(path), colours), self.image_size)
+        image = crop_middle(decode_image(path.read_bytes(), str(path), colours), self.image_size)
         image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB) if self.channels == 3 else image[..., None]
         return torch.from_numpy(image).float() / 255, self.labels[index]
 
@@ -312,7 +312,7 @@ def _files(folder: Path) -> list[Path]:
     return paths
 
 
-def _crop(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def crop_middle(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """The middle of an image (h, w, ...), as large as possible, brought to `size`."""
     height, width = image.shape[:2]
     scale = max(size[0] / height, size[1] / width)

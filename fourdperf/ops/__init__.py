@@ -18,6 +18,7 @@ from fourdperf.ops.fourier_embed import (
 )
 from fourdperf.ops.gather_patches import gather_patches, gather_patches_eager
 from fourdperf.ops.modulated_siren import modulated_sine, modulated_sine_eager, modulated_siren
+from fourdperf.ops.procrustes import procrustes, procrustes_eager
 from fourdperf.ops.resize import resize, resize_eager
 from fourdperf.ops.window_attention import window_attention, window_attention_eager
 
@@ -27,6 +28,7 @@ OPS = (
     "fourier_embed",
     "gather_patches",
     "modulated_siren",
+    "procrustes",
     "resize",
     "window_attention",
 )
@@ -50,6 +52,8 @@ __all__ = [
     "modulated_sine_eager",
     "modulated_siren",
     "octaves",
+    "procrustes",
+    "procrustes_eager",
     "resize",
     "resize_eager",
     "use_backend",

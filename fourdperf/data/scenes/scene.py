@@ -62,6 +62,7 @@ class Scene:
         time_step: seconds from one frame to the next; bodies move about a unit, and turn about a radian, per second.
         photographs: a folder of pictures to cut textures from; None takes the two photographs of scikit-learn, where it
             is installed (without it these surfaces get a pattern; the geometry is the same).
+        still: only the camera moves, and every body is as it is in the first frame.
 
     Attributes:
         intrinsics: (T, 3, 3) float32, see fourdperf.data.queries.
@@ -83,6 +84,7 @@ class Scene:
         aspect_ratio: float | None = None,
         time_step: float = 0.125,
         photographs: str | os.PathLike | None = None,
+        still: bool = False,
     ):
         _require(seed >= 0, f"seed must be 0 or more, got {seed}")
         _require(num_frames >= 1, f"num_frames must be at least 1, got {num_frames}")
@@ -95,7 +97,8 @@ class Scene:
 
         layout = Layout.random(self.seed)
         self.num_objects = len(layout.bodies) - 1
-        self._exact = _make_world(layout, np.arange(num_frames) * time_step, self.aspect_ratio, self.device)
+        times = np.arange(num_frames) * time_step
+        self._exact = _make_world(layout, times, 0 * times if still else times, self.aspect_ratio, self.device)
         self._world = World(self._exact.kinds, *(value.float() for value in self._exact[1:]))
         self._light = torch.tensor(layout.light, dtype=torch.float32, device=self.device)
         pictures = load_photographs(photographs)
@@ -228,8 +231,10 @@ class Scene:
                 _require(inside, f"{name} must be in [0, {self.num_frames}), got {low} to {high}")
 
 
-def _make_world(layout: Layout, times: np.ndarray, aspect_ratio: float, device: torch.device) -> World:
-    maps = np.stack([body.world_from_body(times) for body in layout.bodies], 1)
+def _make_world(
+    layout: Layout, times: np.ndarray, body_times: np.ndarray, aspect_ratio: float, device: torch.device
+) -> World:
+    maps = np.stack([body.world_from_body(body_times) for body in layout.bodies], 1)
     pose, focal = layout.cameras(times)
     intrinsics = np.tile(np.array([[0, 0, 0.5], [0, 0, 0.5], [0, 0, 1]]), (len(times), 1, 1))
     intrinsics[:, 0, 0], intrinsics[:, 1, 1] = focal / math.sqrt(aspect_ratio), focal * math.sqrt(aspect_ratio)
@@ -238,7 +243,7 @@ def _make_world(layout: Layout, times: np.ndarray, aspect_ratio: float, device: 
         np.array([body.density for body in layout.bodies]),
         maps[..., :3, :],
         np.linalg.inv(maps)[..., :3, :],
-        np.stack([body.wave_at(times) for body in layout.bodies], 1),
+        np.stack([body.wave_at(body_times) for body in layout.bodies], 1),
         intrinsics,
         pose,
     )

@@ -12,6 +12,7 @@ from fourdperf.jax.ops.fourier_embed import (
 )
 from fourdperf.jax.ops.gather_patches import gather_patches
 from fourdperf.jax.ops.modulated_siren import modulated_sine, modulated_siren
+from fourdperf.jax.ops.procrustes import procrustes
 from fourdperf.jax.ops.resize import resize
 from fourdperf.jax.ops.window_attention import window_attention
 
@@ -27,6 +28,7 @@ __all__ = [
     "modulated_sine",
     "modulated_siren",
     "octaves",
+    "procrustes",
     "resize",
     "window_attention",
 ]

@@ -1,0 +1,422 @@
+"""Parts of the tokenizers of images that are one-dimensional: transformer blocks, the ViT encoder, the quantizer.
+
+    images (B, H, W, 3)
+      | patches, class token, latent tokens, positions, blocks, norm         TokenEncoder
+    latents (B, N, C)
+      | nearest of K codes                                                   VectorQuantizer
+    indices (B, N)
+
+Source: "An Image is Worth 32 Tokens" (TiTok, arXiv 2406.07550), "Neural Discrete Representation Learning" (VQ-VAE, arXiv
+1711.00937), "Improved VQGAN" (l2-normalised codes, arXiv 2110.04627), "MaskGIT" (entropy loss; arXiv 2202.04200).
+"""
+
+import os
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fourdperf.models.checkpoint import CheckpointError, load_weights, read_config, save_model
+from fourdperf.models.config import from_fields, to_fields
+from fourdperf.models.layers import attention, like, tap
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),  # OpenAI's CLIP
+    "tanh": torch.tanh,
+}
+LATENT_LAYOUTS = ("token", "upstream")
+BETA_ON = ("commitment", "codebook")
+ENTROPY_TEMPERATURE = 0.01
+PROBABILITY_FLOOR = 1e-5
+
+
+class BaseConfig:
+    """What the configs of this family share: construction from, and conversion to, plain values."""
+
+    @classmethod
+    def from_dict(cls, fields: Mapping):
+        """The inverse of `to_dict`; raises ValueError for unknown fields."""
+        return from_fields(cls, fields)
+
+    def to_dict(self) -> dict:
+        """Plain numbers, strings and lists, fit for JSON."""
+        return to_fields(self)
+
+
+class PretrainedModel(nn.Module):
+    """A model that reads and writes directories of `models.checkpoint`; subclasses set MODEL and CONFIG."""
+
+    MODEL: str
+    CONFIG: type[BaseConfig]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ):
+        """The model of a directory written by `save_pretrained`, in eval mode, in the dtype stored or `dtype`.
+
+        Raises CheckpointError (a ValueError) that names the file, and the keys that are missing, unknown or misshapen.
+        """
+        fields = read_config(path, cls.MODEL)
+        try:
+            config = cls.CONFIG.from_dict(fields)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        with torch.device("meta"):
+            model = cls(config)
+        trained = {name: p.requires_grad for name, p in model.named_parameters()}
+        load_weights(model, path, dtype, device)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trained[name])
+        return model.eval()
+
+    def save_pretrained(self, path: str | os.PathLike, *, dtype: torch.dtype | None = None) -> None:
+        """Write `model.safetensors` (in `dtype`, by default as the parameters are) and `config.json` into `path`.
+
+        Each file is complete or not there at all.
+        """
+        save_model(self, path, self.MODEL, self.config.to_dict(), dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention `(B, N, D)` -> `(B, N, D)`; heads may be wider or narrower than D / H."""
+
+    def __init__(self, features: int, num_heads: int, head_dim: int, qkv_bias: bool):
+        super().__init__()
+        self.num_heads = num_heads
+        inner = num_heads * head_dim
+        self.qkv = nn.Linear(features, 3 * inner, bias=qkv_bias)
+        self.out = nn.Linear(inner, features)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        heads = (x.unflatten(-1, (self.num_heads, -1)) for x in self.qkv(tokens).chunk(3, dim=-1))
+        return self.out(attention(*heads).flatten(-2))
+
+
+class MLP(nn.Module):
+    """dense_out(activation(dense_in(x)))."""
+
+    def __init__(self, features: int, hidden_size: int, activation: str):
+        super().__init__()
+        self.activation = ACTIVATIONS[activation]
+        self.dense_in = nn.Linear(features, hidden_size)
+        self.dense_out = nn.Linear(hidden_size, features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dense_out(self.activation(self.dense_in(x)))
+
+
+class Block(nn.Module):
+    """Attention and an MLP around residuals, `(B, N, D)` -> `(B, N, D)`: norms before each, or after each sum.
+
+    skip: takes a second input, which a linear layer joins to the first (U-ViT). dropout: of what both branches add.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        num_heads: int,
+        mlp_size: int,
+        *,
+        head_dim: int | None = None,
+        qkv_bias: bool = True,
+        activation: str = "gelu",
+        eps: float = 1e-5,
+        post_norm: bool = False,
+        skip: bool = False,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.post_norm = post_norm
+        self.attention_norm = nn.LayerNorm(features, eps=eps)
+        self.attention = Attention(features, num_heads, head_dim or features // num_heads, qkv_bias)
+        self.mlp_norm = nn.LayerNorm(features, eps=eps)
+        self.mlp = MLP(features, mlp_size, activation)
+        self.skip = nn.Linear(2 * features, features) if skip else None
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, tokens: Tensor, skip: Tensor | None = None) -> Tensor:
+        if self.skip is not None:
+            tokens = self.skip(torch.cat([tokens, skip], dim=-1))
+        if self.post_norm:
+            tokens = self.attention_norm(tokens + self.dropout(self.attention(tokens)))
+            return self.mlp_norm(tokens + self.dropout(self.mlp(tokens)))
+        tokens = tokens + self.dropout(self.attention(self.attention_norm(tokens)))
+        return tokens + self.dropout(self.mlp(self.mlp_norm(tokens)))
+
+
+class TokenEncoder(nn.Module):
+    """ViT that reads pictures into latent tokens: `(B, H, W, 3)` -> `(B, N, C)`.
+
+    The sequence is a class token, patches row by row, latent tokens; the norm's outcome at the latent tokens goes through
+    `out`. positions: (1 + patches + N, D), without the class token's row where `class_position` is False.
+
+    head_dim: D / num_heads unless given. norm_pre: one more norm, before the blocks.
+    latent_layout: "upstream" reads the (N, D) numbers after the norm as (D, N) without a transpose, so that a latent gets
+        numbers of all tokens; for checkpoints that were trained so.
+    """
+
+    def __init__(
+        self,
+        image_size: tuple[int, int],
+        patch_size: int,
+        num_latents: int,
+        channels: int,
+        features: int,
+        num_layers: int,
+        num_heads: int,
+        mlp_size: int,
+        *,
+        head_dim: int | None = None,
+        qkv_bias: bool = True,
+        activation: str = "gelu",
+        eps: float = 1e-5,
+        norm_pre: bool = False,
+        class_position: bool = True,
+        latent_layout: str = "token",
+    ):
+        super().__init__()
+        self.image_size, self.grid = image_size, grid_size(image_size, patch_size)
+        self.num_latents, self.class_position, self.latent_layout = num_latents, class_position, latent_layout
+        self.patch_embed = nn.Conv2d(3, features, patch_size, patch_size)
+        self.class_token = nn.Parameter(torch.empty(features))
+        self.latent_tokens = nn.Parameter(torch.empty(num_latents, features))
+        patches = self.grid[0] * self.grid[1]
+        self.positions = nn.Parameter(torch.empty(class_position + patches + num_latents, features))
+        self.norm_pre = nn.LayerNorm(features, eps=eps) if norm_pre else None
+        options = {"head_dim": head_dim, "qkv_bias": qkv_bias, "activation": activation, "eps": eps}
+        self.blocks = nn.ModuleList(Block(features, num_heads, mlp_size, **options) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(features, eps=eps)
+        self.out = nn.Linear(features, channels)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Linear layers normal of deviation 0.02, tokens and positions of 1 / sqrt(D), patches' positions sincos."""
+        reset_transformer(self)
+        features = self.latent_tokens.shape[1]
+        for parameter in (self.class_token, self.latent_tokens, self.positions):
+            nn.init.normal_(parameter, std=features**-0.5)
+        if features % 4 == 0:
+            table = sincos_positions(features, *self.grid)
+            with torch.no_grad():
+                self.positions[int(self.class_position) :][: len(table)] = table
+
+    def forward(self, images: Tensor, taps: dict[str, Tensor] | None = None) -> Tensor:
+        """`images` in whatever range the network was trained with; taps: "encoder/embed", "encoder/00", .."""
+        patches = self.patch_embed(images.permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
+        batch, dtype = len(images), patches.dtype
+        class_token, latents = (x.to(dtype) for x in (self.class_token, self.latent_tokens))
+        class_token = class_token.expand(batch, 1, -1)
+        parts, positions = [patches, latents.expand(batch, -1, -1)], self.positions.to(dtype)
+        if self.class_position:
+            tokens = torch.cat([class_token, *parts], dim=1) + positions
+        else:
+            tokens = torch.cat([class_token, torch.cat(parts, dim=1) + positions], dim=1)
+        if self.norm_pre is not None:
+            tokens = self.norm_pre(tokens)
+        tap(taps, "encoder/embed", tokens)
+        for index, block in enumerate(self.blocks):
+            tokens = block(tokens)
+            tap(taps, f"encoder/{index:02d}", tokens)
+        latents = self.norm(tokens[:, -self.num_latents :])
+        tap(taps, "encoder/norm", latents)
+        if self.latent_layout == "upstream":
+            latents = latents.reshape(batch, -1, self.num_latents).transpose(1, 2)
+        latents = self.out(latents)
+        tap(taps, "encoder/latents", latents)
+        return latents
+
+
+class MaskedTokens(nn.Module):
+    """The sequence that a decoder begins with: class and mask tokens, then latents, all with positions.
+
+    Latents `(B, N, C)` -> `(B, 1 + patches + N, D)`.
+    """
+
+    def __init__(self, patches: int, num_latents: int, channels: int, features: int):
+        super().__init__()
+        self.patches = patches
+        self.embed = nn.Linear(channels, features)
+        self.class_token = nn.Parameter(torch.empty(features))
+        self.mask_token = nn.Parameter(torch.empty(features))
+        self.positions = nn.Parameter(torch.empty(1 + patches + num_latents, features))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        reset_transformer(self)
+        for parameter in (self.class_token, self.mask_token, self.positions):
+            nn.init.normal_(parameter, std=len(self.class_token) ** -0.5)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        latents = self.embed(latents)
+        class_token, mask_token, positions = (
+            x.to(latents.dtype) for x in (self.class_token, self.mask_token, self.positions)
+        )
+        batch = len(latents)
+        masks = mask_token.expand(batch, self.patches, -1)
+        return torch.cat([class_token.expand(batch, 1, -1), masks, latents], dim=1) + positions
+
+
+class Quantized(NamedTuple):
+    """What a quantizer found.
+
+    quantized: the codes `(.., C)`, with the straight-through gradient.
+    indices: `(..)`, int64.
+    losses: "commitment" and "codebook", weighted, and "entropy" in train mode where the quantizer has that.
+    """
+
+    quantized: Tensor
+    indices: Tensor
+    losses: dict[str, Tensor]
+
+
+class VectorQuantizer(nn.Module):
+    """The nearest of K codes of C numbers, by the Euclidean distance.
+
+    commitment = mean |z - sg(code)|^2 and codebook = mean |code - sg(z)|^2; `beta` multiplies the first.
+    normalize: codes are of length 1; z is expected to be, too. The stored codebook is any, and gradients go through the
+        normalisation.
+    entropy_gamma: in train mode, the loss mean entropy - gamma * entropy of the mean of softmax(-100 |z - code|^2) drives
+        towards sure choices and even use; None for no such loss.
+
+    Of the seed's code:
+    beta_on: "codebook" multiplies the second term by `beta` instead of the first.
+    in_place: the stored codebook is overwritten by its normalised version at every forward pass, in eval mode too, and
+        gradients do not see the normalisation.
+    """
+
+    def __init__(
+        self,
+        codes: int,
+        channels: int,
+        *,
+        normalize: bool = True,
+        beta: float = 0.25,
+        entropy_gamma: float | None = None,
+        beta_on: str = "commitment",
+        in_place: bool = False,
+    ):
+        super().__init__()
+        self.normalize, self.beta, self.entropy_gamma = normalize, beta, entropy_gamma
+        self.beta_on, self.in_place = beta_on, in_place
+        self.codebook = nn.Parameter(torch.empty(codes, channels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.uniform_(self.codebook, -1 / len(self.codebook), 1 / len(self.codebook))
+
+    def codes(self) -> Tensor:
+        """The codes in force `(K, C)`."""
+        if not self.normalize:
+            return self.codebook
+        if not self.in_place:
+            return F.normalize(self.codebook, dim=-1)
+        with torch.no_grad():
+            self.codebook.copy_(F.normalize(self.codebook, dim=-1))
+        return self.codebook
+
+    def forward(self, z: Tensor) -> Quantized:
+        """z `(.., C)`, floating; the search is in fp32 or wider, under autocast too."""
+        with torch.autocast(z.device.type, enabled=False):
+            z, codes = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (z, self.codes()))
+            flat = z.flatten(0, -2)
+            indices = nearest(flat.detach(), codes.detach())
+            found = codes[indices].view_as(z)
+            commitment = (z - found.detach()).square().mean()
+            codebook = (found - z.detach()).square().mean()
+            if self.beta_on == "codebook":
+                codebook = self.beta * codebook
+            else:
+                commitment = self.beta * commitment
+            losses = {"commitment": commitment, "codebook": codebook}
+            if self.training and self.entropy_gamma is not None:
+                losses["entropy"] = entropy_loss(flat, codes, self.entropy_gamma)
+            return Quantized(z + (found - z).detach(), indices.view(z.shape[:-1]), losses)
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """The codes `(.., C)` of `indices` `(..)`; raises ValueError where they are no integers."""
+        if indices.is_floating_point() or indices.dtype == torch.bool:
+            raise ValueError(f"indices: expected an integer dtype, got {indices.dtype}")
+        return self.codes()[indices]
+
+
+def nearest(z: Tensor, codes: Tensor) -> Tensor:
+    """Index of the nearest code of each row: z `(M, C)`, codes `(K, C)` -> `(M,)`; the lowest where several are."""
+    return torch.addmm(codes.square().sum(1), z, codes.T, alpha=-2).argmin(1)
+
+
+def soft_choices(z: Tensor, codes: Tensor, temperature: float) -> Tensor:
+    """softmax(-|z - code|^2 / temperature): z `(M, C)`, codes `(K, C)` -> `(M, K)`."""
+    distances = z.square().sum(1, keepdim=True) + codes.square().sum(1) - 2 * z @ codes.T
+    return F.softmax(-distances / temperature, dim=1)
+
+
+def entropy_loss(z: Tensor, codes: Tensor, gamma: float) -> Tensor:
+    """Mean entropy of the rows' soft choices of a code, minus gamma times the entropy of their mean."""
+    choices = soft_choices(z, codes, ENTROPY_TEMPERATURE)
+    return entropy(choices).mean() - gamma * entropy(choices.mean(0))
+
+
+def entropy(probabilities: Tensor) -> Tensor:
+    """Of the last axis, in nats; the logarithm is that of at least 1e-5."""
+    return -(probabilities * probabilities.clamp(min=PROBABILITY_FLOOR).log()).sum(-1)
+
+
+def sincos_positions(features: int, height: int, width: int) -> Tensor:
+    """Sines and cosines of places in a grid, `(height width, features)`: a half for the column, then one for the row."""
+    quarter = features // 4
+    omega = 10000.0 ** -(torch.arange(quarter, dtype=torch.float64, device="cpu") / quarter)
+
+    def table(places: int) -> Tensor:
+        angles = torch.outer(torch.arange(places, dtype=torch.float64, device="cpu"), omega)
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+    column = table(width).expand(height, -1, -1)
+    row = table(height)[:, None].expand(-1, width, -1)
+    return torch.cat([column, row], dim=-1).flatten(0, 1).float()
+
+
+def reset_transformer(module: nn.Module) -> None:
+    """Linear layers and patch embeddings: normal of deviation 0.02, cut at two; biases zero. The rest stays."""
+    for part in module.modules():
+        if isinstance(part, (nn.Linear, nn.Conv2d)):
+            nn.init.trunc_normal_(part.weight, std=0.02, a=-0.04, b=0.04)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+
+
+def grid_size(image_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
+    """Patches along each axis; raises ValueError where they do not fill the picture."""
+    if image_size[0] % patch_size or image_size[1] % patch_size:
+        raise ValueError(f"image_size: expected multiples of patch_size {patch_size}, got {image_size}")
+    return image_size[0] // patch_size, image_size[1] // patch_size
+
+
+def check_images(images: Tensor, image_size: tuple[int, int], parameter: Tensor) -> Tensor:
+    """The images in the parameters' dtype; raises ValueError unless they are floating `(B, *image_size, 3)`."""
+    if not isinstance(images, Tensor) or images.shape[1:] != (*image_size, 3):
+        wanted = f"(B, {image_size[0]}, {image_size[1]}, 3)"
+        raise ValueError(f"images: expected a tensor {wanted}, got {tuple(getattr(images, 'shape', ()))}")
+    return like(images, parameter, "images")
+
+
+def check_latents(latents: Tensor, count: int, channels: int, parameter: Tensor) -> Tensor:
+    """The latents in the parameters' dtype; raises ValueError unless they are floating `(B, count, channels)`."""
+    if not isinstance(latents, Tensor) or latents.shape[1:] != (count, channels):
+        wanted = f"(B, {count}, {channels})"
+        raise ValueError(f"latents: expected a tensor {wanted}, got {tuple(getattr(latents, 'shape', ()))}")
+    return like(latents, parameter, "latents")
+
+
+def check_indices(indices: Tensor, count: int) -> Tensor:
+    """Raises ValueError unless `indices` are integers `(B, count)`."""
+    if not isinstance(indices, Tensor) or indices.ndim != 2 or indices.shape[1] != count:
+        raise ValueError(f"indices: expected a tensor (B, {count}), got {tuple(getattr(indices, 'shape', ()))}")
+    return indices

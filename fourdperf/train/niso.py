@@ -1,0 +1,228 @@
+"""Neural Isometries under Lightning: an objective for each experiment, and the data modules that feed them.
+
+experiment                     batch                                             objective
+laplacian                      a, b (B, H, W, C), b = a rolled around the torus   laplacian_objective
+hmnist, shrec, pose encode     a, b (B, H, W, C), two views of one thing          encode_objective
+hmnist, shrec pred             x (B, H, W, C), label (B,)                         classification_objective
+pose pred                      video (B, T, H, W, C), poses (B, T, 4, 4)          pose_objective
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from lightning import LightningDataModule, LightningModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from fourdperf.models.niso import Autoencoder, Classifier, Model, PosePredictor
+from fourdperf.train.data import loader
+from fourdperf.train.niso_loss import (
+    classification_loss,
+    encode_loss,
+    laplacian_loss,
+    parameter_groups,
+    pose_loss,
+)
+from fourdperf.train.schedule import learning_rate
+
+__all__ = [
+    "NisoData",
+    "NisoTraining",
+    "classification_objective",
+    "collate_items",
+    "encode_objective",
+    "laplacian_objective",
+    "pose_objective",
+]
+
+TINY = 1e-12
+Batch = tuple[Tensor, ...]
+Objective = Callable[[Model, Batch, dict | None], dict[str, Tensor]]
+
+
+# Objectives: the parts of the loss by name, of a model and a batch; taps are the model's
+
+
+def laplacian_objective(beta: float) -> Objective:
+    def objective(model: Autoencoder, batch: Batch, taps: dict | None = None) -> dict[str, Tensor]:
+        a, b = batch[:2]
+        return laplacian_loss(model(a, b, taps), a, b, beta=beta)
+
+    return objective
+
+
+def encode_objective(alpha: float, beta: float, relative: bool = False) -> Objective:
+    """relative: equivariance is that of coefficients over a pair's root mean square. The decoder hardly minds how large
+    they are, so that otherwise they shrink, a hundredfold in two thousand steps, and the term with them."""
+
+    def objective(model: Autoencoder, batch: Batch, taps: dict | None = None) -> dict[str, Tensor]:
+        a, b = batch[:2]
+        related = model(a, b, taps)
+        if relative:
+            of_a, of_b = related.coefficients_a, related.coefficients_b
+            size = (of_a.square() + of_b.square()).mean((-2, -1), keepdim=True).div(2).sqrt() + TINY
+            related = related._replace(coefficients_a=of_a / size, coefficients_b=of_b / size)
+        return encode_loss(related, a, b, alpha=alpha, beta=beta)
+
+    return objective
+
+
+def classification_objective(model: Classifier, batch: Batch, taps: dict | None = None) -> dict[str, Tensor]:
+    x, labels = batch
+    return classification_loss(model(x, taps), labels)
+
+
+def pose_objective(model: PosePredictor, batch: Batch, taps: dict | None = None) -> dict[str, Tensor]:
+    video, poses = batch[:2]
+    return pose_loss(model(video, taps), poses)
+
+
+# Training
+
+
+class NisoTraining(LightningModule):
+    """One model, what it is to learn, and its optimiser: AdamW, a linear warm-up from `final_lr`, a cosine back to it.
+
+    max_steps: where the learning rate reaches `final_lr`. clip: the gradient's largest L2 norm; None leaves it.
+    decay_basis: see `fourdperf.train.niso_loss.parameter_groups`. mass_lr, eigenvalues_lr: of these of the operator, as
+    multiples of lr.
+
+    A step whose loss or gradient is not finite raises ValueError, with the step and the first tensor that is not
+    finite, before anything has moved.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        objective: Objective,
+        max_steps: int,
+        *,
+        lr: float,
+        final_lr: float,
+        warmup_steps: int = 0,
+        weight_decay: float = 1e-4,
+        decay_basis: bool = False,
+        mass_lr: float = 1.0,
+        eigenvalues_lr: float = 1.0,
+        clip: float | None = 1.0,
+    ) -> None:
+        super().__init__()
+        self.model, self.objective, self.max_steps = model, objective, max_steps
+        self.lr, self.final_lr, self.warmup_steps = lr, final_lr, warmup_steps
+        self.weight_decay, self.decay_basis, self.clip = weight_decay, decay_basis, clip
+        self.mass_lr, self.eigenvalues_lr = mass_lr, eigenvalues_lr
+        self._batch: Batch = ()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self._batch = batch
+        try:
+            parts = self.objective(self.model, batch)
+        except ValueError as error:  # the model has looked at its inputs
+            raise ValueError(f"step {self.global_step}: {error}. {ADVICE}") from error
+        self.log_dict({f"train/{name}": part.detach() for name, part in parts.items()}, batch_size=len(batch[0]))
+        return parts["loss"]
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        parts = self.objective(self.model, batch)
+        values = {f"val/{name}": part for name, part in parts.items()}
+        self.log_dict(values, batch_size=len(batch[0]), on_epoch=True, sync_dist=True)
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["model_config"] = self.model.config.to_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        ours, theirs = self.model.config.to_dict(), checkpoint.get("model_config")
+        if theirs is not None and theirs != ours:
+            different = [f"{name} {theirs.get(name)}" for name in ours if theirs.get(name) != ours[name]]
+            raise ValueError(f"--ckpt: its model has {', '.join(different)}; give the options its run was started with")
+
+    def configure_optimizers(self) -> dict:
+        groups = parameter_groups(self.model, self.weight_decay, decay_basis=self.decay_basis)
+        operator = self.model.operator
+        for parameter, multiple in ((operator.M, self.mass_lr), (operator.Lambda, self.eigenvalues_lr)):
+            if multiple != 1:
+                groups = _apart(groups, parameter, self.lr * multiple)
+        optimizer = torch.optim.AdamW(groups, lr=self.lr, fused=True)
+        share = lambda step: learning_rate(step, self.max_steps, self.warmup_steps, self.lr, self.final_lr) / self.lr
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        # Gradients are averaged over the processes before this, so that all of them stop here.
+        moving = [p for p in self.model.parameters() if p.requires_grad]
+        norm = torch.nn.utils.clip_grad_norm_(moving, torch.inf if self.clip is None else self.clip)
+        if not norm.isfinite():
+            raise ValueError(f"step {self.global_step}: {self._not_finite()}; nothing was changed. {ADVICE}")
+        self.log("train/grad_norm", norm)
+
+    @torch.no_grad()
+    def _not_finite(self) -> str:
+        """The first tensor on the way from the batch to the gradients that is not finite, in words."""
+        taps: dict[str, Tensor] = {}
+        try:
+            parts = self.objective(self.model, self._batch, taps)
+        except ValueError as error:
+            return str(error)
+        gradients = {f"gradient of {name}": p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        for name, x in {**dict(enumerate(self._batch)), **taps, **parts, **gradients}.items():
+            if x.is_floating_point() and not x.isfinite().all():
+                where = f"batch's tensor {name}" if isinstance(name, int) else name
+                return f"{where} has {int((~x.isfinite()).sum())} of {x.numel()} values that are not finite"
+        return "another process's gradient is not finite"
+
+
+ADVICE = "The last checkpoint is good; go on from it with a lower --lr or --precision 32-true, or look at the data"
+
+
+def _apart(groups: list[dict], parameter: Tensor, lr: float) -> list[dict]:
+    """The groups with this parameter in one of its own, with its own rate."""
+    found = []
+    for group in groups:
+        inside = [p is parameter for p in group["params"]]
+        others = [p for p, own in zip(group["params"], inside) if not own]
+        found += [{**group, "params": others}] * bool(others) + [{**group, "params": [parameter], "lr": lr}] * any(
+            inside
+        )
+    return found
+
+
+# Data
+
+
+def collate_items(items: Sequence[dict]) -> Batch:
+    """Pairs as (x, Tx), what has a label and no pair as (x, label), videos as (video, poses, intrinsics)."""
+    first = items[0]
+    names = next(n for n in (("x", "Tx"), ("x", "label"), ("video", "poses", "intrinsics")) if n[-1] in first)
+    return tuple(torch.stack([torch.as_tensor(item[name]) for item in items]) for name in names)
+
+
+def collate_frames(items: Sequence[dict]) -> Batch:
+    """Videos of two frames as pairs (B, H, W, 3)."""
+    return collate_items(items)[0].unbind(1)
+
+
+class NisoData(LightningDataModule):
+    """Data sets as `fourdperf.data.niso` has them; validation looks at the first `val_items` of `val`."""
+
+    def __init__(
+        self,
+        train: Dataset,
+        val: Dataset,
+        batch_size: int,
+        workers: int = 0,
+        val_items: int = 256,
+        collate: Callable[[Sequence[dict]], Batch] = collate_items,
+    ) -> None:
+        super().__init__()
+        self.train, self.batch_size, self.workers, self.collate = train, batch_size, workers, collate
+        self.val = Subset(val, range(min(len(val), val_items)))
+
+    def train_dataloader(self) -> DataLoader:
+        trainer = self.trainer
+        had = lambda: trainer.global_step * trainer.accumulate_grad_batches
+        rank, ranks = trainer.global_rank, trainer.world_size
+        return loader(self.train, self.batch_size, self.workers, rank, ranks, had, self.collate)
+
+    def val_dataloader(self) -> DataLoader:
+        mine = Subset(self.val, range(self.trainer.global_rank, len(self.val), self.trainer.world_size))
+        return DataLoader(mine, self.batch_size, num_workers=self.workers, collate_fn=self.collate)

@@ -1,0 +1,111 @@
+"""The losses of Neural Isometries (arXiv 2405.19296), and what of a model decays.
+
+    reconstruction   l1(recon_a, a) + l1(recon_b, b)             decoded from tau^T of b's coefficients and tau of a's
+    equivariance     l1(tau a, b) + l1(tau^T b, a)               of coefficients
+    multiplicity     |L| / k, Frobenius norm of the graph Laplacian L = diag(mask 1) - mask
+    poses            l1 of rotations + l1 of positions, the predicted ones times the factor that fits each sequence best
+
+l1 is the mean over all numbers. Losses are computed in fp32 at least. Each `*_loss` of an experiment gives its parts by
+name, unweighted, and under "loss" their weighted sum.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fourdperf.models.niso import IsometricOperator, Related, inverse_se3
+
+__all__ = [
+    "classification_loss",
+    "encode_loss",
+    "equivariance_loss",
+    "l1",
+    "laplacian_loss",
+    "multiplicity_loss",
+    "orientation_loss",
+    "parameter_groups",
+    "pose_loss",
+    "scale_procrustes",
+]
+
+NORM_EPS = 1e-8
+TINY = 1e-12
+
+
+def l1(a: Tensor, b: Tensor) -> Tensor:
+    """The mean of |a - b|; raises ValueError for two shapes."""
+    if a.shape != b.shape:
+        raise ValueError(f"a and b: expected one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    return (a.to(dtype) - b.to(dtype)).abs().mean()
+
+
+def multiplicity_loss(mask: Tensor) -> Tensor:
+    """How much eigenvalues cluster, by their mask `(.., k, k)`: sqrt(|L|^2 + 1e-8) / k, the mean over the batch."""
+    laplacian = torch.diag_embed(mask.sum(-1)) - mask
+    return ((laplacian.square().sum((-2, -1)) + NORM_EPS).sqrt() / mask.shape[-1]).mean()
+
+
+def equivariance_loss(tau: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """l1 between coefficients `(B, k, D)` and what the rotation tau `(B, k, k)` makes of each other's."""
+    with torch.autocast(tau.device.type, enabled=False):
+        return l1(tau @ a, b) + l1(tau.mT @ b, a)
+
+
+def orientation_loss(a: Tensor, b: Tensor) -> Tensor:
+    """l1 between rotation matrices `(.., 3, 3)`."""
+    return l1(a, b)
+
+
+def scale_procrustes(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """l1 between points a and s b, both `(B, T, 3)`, and s b.
+
+    s = <a, b> / <b, b> of each sequence, the factor that fits best, through which no gradient goes; it may be negative.
+    """
+    with torch.no_grad():
+        scale = (a * b).sum((-2, -1), keepdim=True) / b.square().sum((-2, -1), keepdim=True).clamp(min=TINY)
+    return l1(a, scale * b), scale * b
+
+
+def laplacian_loss(related: Related, a: Tensor, b: Tensor, *, beta: float) -> dict[str, Tensor]:
+    """recon + beta mult, of fields `(B, H, W, C)` without an encoder."""
+    recon = l1(related.recon_a, a) + l1(related.recon_b, b)
+    mult = multiplicity_loss(related.basis.mask)
+    return {"loss": recon + beta * mult, "recon": recon, "mult": mult}
+
+
+def encode_loss(related: Related, a: Tensor, b: Tensor, *, alpha: float, beta: float) -> dict[str, Tensor]:
+    """recon + alpha equiv + beta mult, of observations `(B, H, W, C)`."""
+    parts = laplacian_loss(related, a, b, beta=beta)
+    equiv = equivariance_loss(related.tau, related.coefficients_a, related.coefficients_b)
+    return {"loss": parts["loss"] + alpha * equiv, "recon": parts["recon"], "equiv": equiv, "mult": parts["mult"]}
+
+
+def classification_loss(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Cross-entropy of logits `(B, classes)` and labels `(B,)`; "acc" is the share of right answers."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    acc = (logits.detach().argmax(-1) == labels).to(logits.dtype).mean()
+    return {"loss": F.cross_entropy(logits, labels), "acc": acc}
+
+
+def pose_loss(relative: Tensor, poses: Tensor) -> dict[str, Tensor]:
+    """rotation + position, of predicted poses `(B, T - 1, 4, 4)` of each frame seen from the one before, and of the
+    frames' own, `(B, T, 4, 4)`, world from camera."""
+    truth = inverse_se3(poses[:, :-1]) @ poses[:, 1:]
+    rotation = orientation_loss(truth[..., :3, :3], relative[..., :3, :3])
+    position, _ = scale_procrustes(truth[..., :3, 3], relative[..., :3, 3])
+    return {"loss": rotation + position, "rotation": rotation, "position": position}
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, *, decay_basis: bool = False) -> list[dict]:
+    """Groups for `torch.optim.AdamW`, of parameters that want a gradient.
+
+    All decay but the mass and the eigenvalues, whose size means something: decay would draw the mass to zero and the
+    eigenvalues together. decay_basis: these too, as in the original.
+    """
+    basis = {id(p) for m in model.modules() if isinstance(m, IsometricOperator) for p in (m.M, m.Lambda)}
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    kept = [] if decay_basis else [p for p in wanted if id(p) in basis]
+    decayed = [p for p in wanted if decay_basis or id(p) not in basis]
+    groups = ({"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0})
+    return [group for group in groups if group["params"]]

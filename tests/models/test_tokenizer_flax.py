@@ -1,0 +1,134 @@
+"""Tokenizers and generators in Flax: PyTorch against them layer by layer."""
+
+import pytest
+import torch
+
+from fourdperf.convert.flax_tree import flat
+from fourdperf.models import maskgit_vqgan, titok, token_generator, tokenizer
+from fourdperf.models.checkpoint import CheckpointError
+from tests.models.scaling4d_cases import TOLERANCE, difference
+
+jax = pytest.importorskip("jax")
+flax_models = pytest.importorskip("fourdperf.jax.models.tokenizer")
+
+SEED = {
+    **{"image_size": (16, 24), "patch_size": 8, "num_latents": 5, "latent_channels": 4, "hidden_size": 24},
+    **{
+        "num_layers": 2,
+        "num_heads": 3,
+        "mlp_size": 40,
+        "codebook_size": 20,
+        "decoder_size": 16,
+        "decoder_channels": 32,
+    },
+    **{"channel_multipliers": (1, 2, 1), "res_blocks": 1, "attention_sizes": (8,)},
+}
+TITOK = {
+    **{"image_size": (16, 24), "patch_size": 8, "num_latents": 5, "latent_channels": 4, "codebook_size": 20},
+    **{"hidden_size": 24, "num_layers": 2, "num_heads": 3, "decoder_size": 16, "decoder_layers": 2, "decoder_heads": 2},
+}
+PIXELS = {"channels": 32, "channel_multipliers": (1, 2), "res_blocks": 2, "latent_channels": 6, "codebook_size": 12}
+TOKENS = {
+    **{"codebook_size": 11, "num_tokens": 6, "num_classes": 3, "hidden_size": 24, "num_layers": 4, "num_heads": 3},
+    "mlp_size": 40,
+}
+NAMES = {tokenizer: "Tokenizer", maskgit_vqgan: "MaskGITVQGAN", titok: "TiTok", token_generator: "TokenGenerator"}
+LIVE = {
+    "tokenizer": (tokenizer, tokenizer.Config(**SEED)),
+    "tokenizer, quick_gelu, wide heads": (tokenizer, tokenizer.Config(**SEED, activation="quick_gelu", head_dim=5)),
+    "tokenizer, upstream": (tokenizer, tokenizer.Config.upstream(**SEED | {"image_size": 16, "patch_size": 4})),
+    "tokenizer, upstream's encoder": (tokenizer, tokenizer.Config.upstream(False, **SEED | {"image_size": 16})),
+    "vqgan": (maskgit_vqgan, maskgit_vqgan.Config(**PIXELS)),
+    "vqgan, upstream": (maskgit_vqgan, maskgit_vqgan.Config.upstream(**PIXELS)),
+    "titok": (titok, titok.Config(**TITOK)),
+    "titok, codes of any length": (titok, titok.Config(**TITOK, normalize=False, latent_layout="upstream")),
+    "titok, vae": (titok, titok.Config(**TITOK, mode="vae")),
+    "titok, codes": (titok, titok.Config(**TITOK, target="codes", target_codes=12)),
+    "titok, pixel decoder": (titok, titok.Config(**TITOK, target="codes", target_codes=12, pixels=PIXELS)),
+    "bert": (token_generator, token_generator.Config(**TOKENS)),
+    "uvit": (token_generator, token_generator.Config(**TOKENS, kind="uvit")),
+}
+
+
+def build(name):
+    """A model whose every parameter matters, and its input."""
+    module, config = LIVE[name]
+    torch.manual_seed(0)
+    model = getattr(module, NAMES[module])(config).eval()
+    with torch.no_grad():
+        for key, x in model.named_parameters():
+            x.add_(torch.randn_like(x), alpha=0.1)
+            if key.endswith("codebook"):
+                x.normal_()
+    if module is token_generator:
+        ids = torch.randint(config.codebook_size + 1, (3, config.num_tokens))
+        return model, (ids, torch.tensor([0, 2, 1]))
+    return model, (torch.rand(2, *getattr(config, "image_size", (8, 12)), 3),)
+
+
+def to_flax(model):
+    flax_class = getattr(flax_models, type(model).__name__)
+    return flax_class(model.config), {"params": flax_models.flax_params(model.state_dict())}
+
+
+@pytest.mark.parametrize("name", LIVE)
+def test_torch_matches_flax_layer_by_layer(name):
+    model, inputs = build(name)
+    flax_model, variables = to_flax(model)
+    ours = {}
+    with torch.no_grad():
+        out = model(*inputs, ours)
+
+    @jax.jit
+    def apply(variables, *inputs):
+        taps = {}
+        return flax_model.apply(variables, *inputs, taps), taps
+
+    reference, theirs = apply(variables, *(x.numpy() for x in inputs))
+    assert sorted(ours) == sorted(theirs) and len(ours) >= 4
+    for tap in ours:
+        assert difference(ours[tap], theirs[tap]) <= 3 * TOLERANCE, tap
+    if isinstance(out, torch.Tensor):
+        assert difference(out, reference) <= TOLERANCE
+        return
+    assert difference(out.recon, reference.recon) <= 3 * TOLERANCE
+    assert difference(out.encoded.latents, reference.encoded.latents) <= TOLERANCE
+    if out.encoded.indices is None:
+        assert reference.encoded.indices is None
+        for a, b in zip(out.encoded.moments, reference.encoded.moments, strict=True):
+            assert difference(a, b) <= TOLERANCE
+        return
+    assert torch.equal(out.encoded.indices, torch.from_numpy(jax.device_get(reference.encoded.indices)).long())
+    codes = out.encoded.indices.flip(1)
+    decoded = flax_model.apply(variables, codes.numpy(), method="decode_indices")
+    assert difference(model.decode_indices(codes), decoded) <= 3 * TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["bert", "uvit"])
+def test_no_class(name):
+    model, (ids, _) = build(name)
+    flax_model, variables = to_flax(model)
+    assert difference(model(ids), flax_model.apply(variables, ids.numpy())) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", LIVE)
+def test_flax_has_the_same_parameters(name):
+    model, inputs = build(name)
+    flax_model, variables = to_flax(model)
+    made = jax.eval_shape(flax_model.init, jax.random.key(0), *(x.numpy() for x in inputs))
+    assert {key: x.shape for key, x in flat(made["params"]).items()} == {
+        key: x.shape for key, x in flat(variables["params"]).items()
+    }
+
+
+def test_flax_reads_what_torch_saves(tmp_path):
+    model, (images,) = build("titok, pixel decoder")
+    model.save_pretrained(tmp_path)
+    flax_model, variables = flax_models.TiTok.from_pretrained(tmp_path)
+    assert flax_model.config == model.config
+    assert difference(model(images).recon, flax_model.apply(variables, images.numpy()).recon) <= 3 * TOLERANCE
+    with pytest.raises(CheckpointError, match="expected a config with model 'tokenizer', got 'titok'"):
+        flax_models.Tokenizer.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model": "titok", "mode": "neither"}')
+    with pytest.raises(CheckpointError, match="mode: expected one of vq, vae, got 'neither'"):
+        flax_models.TiTok.from_pretrained(tmp_path)

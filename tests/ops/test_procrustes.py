@@ -1,0 +1,254 @@
+"""procrustes: every backend against eager and float64, eager against the goldens of Neural Isometries, JAX alike."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fourdperf.ops import procrustes, use_backend
+from tests.harness import check_op, dtypes, strided, transposed
+
+GOLDENS = sorted((Path(__file__).parents[1] / "goldens" / "niso").glob("ortho_[!d]*.npz"))
+SIZES = [1, 2, 3, 5, 8, 17, 33, 64]  # on either side of rotations alone, and of whole vectors
+special = pytest.mark.parametrize("special", [False, True])
+ill = pytest.mark.parametrize("condition", [1e2, 1e5])
+
+
+def sample(*shape, dtype=torch.float64, seed=0):
+    return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def conditioned(singular_values, batch=3, seed=0, negative=False):
+    """Matrices with these singular values, det < 0 or > 0."""
+    n = len(singular_values)
+    u, v = (torch.linalg.qr(sample(batch, n, n, seed=seed + i)).Q for i in (0, 1))
+    x = (u * torch.as_tensor(singular_values, dtype=torch.float64)) @ v.mT
+    wrong = (torch.linalg.det(x) < 0) != negative
+    return torch.where(
+        wrong[:, None, None], x * torch.tensor([-1.0] + [1.0] * (n - 1), dtype=torch.float64)[:, None], x
+    )
+
+
+def run(**options):
+    return lambda backend, x: procrustes(x, backend=backend, **options)
+
+
+@pytest.mark.parametrize("n", SIZES)
+@special
+@dtypes
+def test_agrees_with_eager(n, special, dtype, target):
+    if target.backend == "triton" and (n > 8 or dtype != torch.float32):
+        pytest.skip("Triton's interpreter takes minutes for larger matrices; it computes in float32")
+    singular = np.linspace(1, 3, n)
+    for negative in (False, True):
+        check_op(run(special=special), {"x": conditioned(singular, seed=n, negative=negative)}, target, dtype)
+
+
+@pytest.mark.parametrize("n", [32, 128, 200])
+@pytest.mark.parametrize("negative", [False, True])
+def test_large(n, negative):
+    x = conditioned(np.geomspace(1e-2, 1, n), batch=2, negative=negative)
+    got = procrustes(x.float(), special=True, backend="native").double()
+    assert (got - procrustes(x, special=True, backend="eager")).abs().max() < 3e-4
+    torch.testing.assert_close(got.mT @ got, torch.eye(n, dtype=torch.float64).expand_as(got), atol=2e-5, rtol=0)
+    assert (torch.linalg.slogdet(got).sign == 1).all()
+
+
+@ill
+@pytest.mark.parametrize("n", [12, 40])
+def test_ill_conditioned_as_exact_as_an_svd(condition, n):
+    """The factor itself is as sensitive as its smallest singular values: the measure is what torch's SVD leaves."""
+    x = conditioned(np.geomspace(1 / condition, 1, n)).float()
+    exact = procrustes(x.double(), backend="eager")
+    error = {b: (procrustes(x, backend=b).double() - exact).abs().max() for b in ("native", "eager")}
+    assert error["native"] <= 3 * error["eager"] + 1e-6
+
+
+@pytest.mark.parametrize("backend", ["eager", "native"])
+@pytest.mark.parametrize("path", GOLDENS, ids=lambda path: path.stem)
+def test_goldens(path, backend):
+    """Values on both; derivatives, which are the regularized ones, where those are."""
+    with np.load(path) as z:
+        config = json.loads(str(z["config"]))
+        arrays = {key: torch.from_numpy(z[key]) for key in z.files if key != "config"}
+    noise = config["float32_noise"]
+    allowed = lambda key: 30 * noise[key]["max_abs"] + 3e-6 * noise[key]["ref_max"]
+    x, square = arrays["in/X"], arrays["in/X"].shape[-1] == arrays["in/X"].shape[-2]
+    if backend == "native" and not square:
+        pytest.skip("native takes square matrices")
+    out = procrustes(x, special=config["special"], backend=backend)
+    assert (out - arrays["out/R"]).abs().max() <= allowed("out/R")
+    if backend == "eager":
+        function = run_eager(special=config["special"], gradient="regularized")
+        _, jvp = torch.func.jvp(function, (x,), (arrays["in/tangent"],))
+        assert (jvp - arrays["out/jvp"]).abs().max() <= allowed("out/jvp")
+        x = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad((function(x) * arrays["in/weight"]).sum(), x)
+        assert (gradient - arrays["grad/X"]).abs().max() <= allowed("grad/X")
+
+
+def run_eager(**options):
+    return lambda x: procrustes(x, backend="eager", **options)
+
+
+@pytest.mark.parametrize("backend", ["eager", "native"])
+@pytest.mark.parametrize(
+    "singular, turn, negative",
+    [
+        ((3.0, 2.0, 1.0, 0.5), False, False),
+        ((2.0, 2.0, 2.0, 2.0), False, True),
+        ((3.0, 2.0, 2.0, 0.5), True, False),
+        ((3.0, 2.0, 2.0, 0.5), True, True),
+    ],
+)
+def test_gradients(backend, singular, turn, negative):
+    """Also where singular values coincide, and where the last one's vector is turned round."""
+    x = conditioned(singular, batch=1, negative=negative).requires_grad_()
+    function = lambda x: procrustes(x, special=turn, backend=backend)
+    assert torch.autograd.gradcheck(function, (x,))
+    assert torch.autograd.gradgradcheck(function, (x,), atol=1e-4)
+
+
+def test_regularized_vanishes_where_exact_is_finite():
+    x = torch.eye(4, dtype=torch.float64).requires_grad_()
+    weight = sample(4, 4)
+    grads = {}
+    for gradient in ("exact", "regularized"):
+        out = procrustes(x, gradient=gradient, backend="eager")
+        (grads[gradient],) = torch.autograd.grad((out * weight).sum(), x)
+    torch.testing.assert_close(grads["exact"], (weight - weight.mT) / 2)
+    assert grads["regularized"].abs().max() == 0
+
+
+@pytest.mark.parametrize("shape", [(9, 4), (2, 3, 7, 3), (4, 7), (0, 3, 3), (2, 0, 0), (5, 0), (1, 1)])
+def test_shapes(shape):
+    x = sample(*shape).requires_grad_()
+    out = procrustes(x)
+    assert out.shape == x.shape
+    out.sum().backward()
+    if x.numel():
+        tall = out if shape[-2] >= shape[-1] else out.mT
+        torch.testing.assert_close(
+            tall.mT @ tall, torch.eye(tall.shape[-1], dtype=x.dtype).expand(*tall.shape[:-2], -1, -1)
+        )
+
+
+@pytest.mark.parametrize("layout", [strided, transposed])
+def test_layouts(layout, target):
+    x = conditioned(np.linspace(1, 2, 6)).float()
+    torch.testing.assert_close(
+        procrustes(layout(x), backend=target.backend), procrustes(x, backend="eager"), atol=2e-6, rtol=0
+    )
+
+
+@pytest.mark.parametrize("n", [3, 24])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_not_finite_is_nan_and_stays_where_it_is(n, bad, target):
+    if target.backend == "triton" and n > 8:
+        pytest.skip("Triton's interpreter takes minutes for larger matrices")
+    x = conditioned(np.linspace(1, 2, n)).float()
+    x[1, 0, 1] = bad
+    out = procrustes(x, special=True, backend=target.backend)
+    assert out[1].isnan().all() and out[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("rank", [0, 1, 5, 7])
+@special
+def test_rank_deficient(rank, special, target):
+    """One of the nearest matrices, and gradients that are finite."""
+    x = conditioned([1.0] * 8)[..., :rank] @ sample(3, rank, 8, seed=9)
+    x = x.float().requires_grad_()
+    out = procrustes(x, special=special, backend=target.backend)
+    torch.testing.assert_close(out.mT @ out, torch.eye(8).expand_as(out), atol=1e-5, rtol=0)
+    out.sum().backward()
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_scales(scale, target):
+    x = conditioned(np.linspace(1, 2, 20 if target.backend != "triton" else 6)).float()
+    torch.testing.assert_close(
+        procrustes(scale * x, backend=target.backend), procrustes(x, backend="eager"), atol=3e-6, rtol=0
+    )
+
+
+def test_opcheck():
+    for n in (3, 20):
+        x = conditioned(np.linspace(1, 2, n)).float().requires_grad_()
+        torch.library.opcheck(torch.ops.fourdperf.procrustes.default, (x, True))
+        r, flip = torch.ops.fourdperf.procrustes(x.detach(), True)
+        args = [(r.mT @ x).detach().requires_grad_(), sample(3, n, n, dtype=torch.float32).requires_grad_(), flip]
+        torch.library.opcheck(torch.ops.fourdperf.procrustes_solve.default, args)
+
+
+@pytest.mark.parametrize("backend", ["eager", "native"])
+def test_transforms(backend):
+    x = conditioned(np.linspace(1, 2, 5))
+    function = lambda x: procrustes(x, special=True, backend=backend)
+    torch.testing.assert_close(torch.func.vmap(function)(x), function(x))
+    together = torch.func.grad(lambda x: function(x).sin().sum())(x)
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(lambda x: function(x).sin().sum()))(x), together)
+    compiled = torch.compile(function, fullgraph=True)
+    torch.testing.assert_close(compiled(x), function(x))
+
+
+def test_autocast_changes_nothing():
+    x = conditioned(np.linspace(1, 2, 20)).float().requires_grad_()
+    plain = procrustes(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = procrustes(x)
+        out.sum().backward()
+    assert torch.equal(out, plain) and x.grad.dtype == torch.float32
+
+
+def test_deterministic(target):
+    x = conditioned(np.linspace(1, 2, 20 if target.backend != "triton" else 6)).float()
+    assert torch.equal(procrustes(x, backend=target.backend), procrustes(x, backend=target.backend))
+
+
+@pytest.mark.parametrize("n", [6, 24])
+@special
+def test_jax(n, special):
+    jax = pytest.importorskip("jax")
+    from fourdperf.jax import ops
+
+    x = conditioned(np.linspace(1, 2, n), negative=True).float()
+    weight = sample(3, n, n, dtype=torch.float32, seed=5)
+    exact, plain = (_value_gradient_jvp(dtype, x, weight, special) for dtype in (torch.float64, torch.float32))
+    for backend in ("jnp", "ffi"):
+        function = lambda x: ops.procrustes(x, special=special, backend=backend)
+        loss = lambda x: (function(x) * weight.numpy()).sum()
+        found = jax.jit(function)(x.numpy()), jax.jit(jax.grad(loss))(x.numpy())
+        found += (jax.jvp(function, (x.numpy(),), (weight.numpy(),))[1],)
+        for ours, torchs, wanted in zip(found, plain, exact):
+            error = np.abs(np.asarray(ours, np.float64) - wanted.numpy()).max()
+            assert error <= 3 * (torchs - wanted).abs().max() + 3e-6 * wanted.abs().max()
+
+
+def _value_gradient_jvp(dtype, x, weight, special):
+    x, weight = x.to(dtype), weight.to(dtype)
+    function = run_eager(special=special)
+    out, jvp = torch.func.jvp(function, (x,), (weight,))
+    return out, torch.func.grad(lambda x: (function(x) * weight).sum())(x), jvp
+
+
+@pytest.mark.parametrize(
+    "x, options, message",
+    [
+        (torch.ones(3), {}, r"x must have shape \(..., m, n\)"),
+        (torch.ones(3, 3, dtype=torch.int64), {}, "x must be"),
+        (torch.ones(3, 3), {"special": 1}, "special must be a bool"),
+        (torch.ones(3, 3), {"gradient": "safe"}, "gradient must be"),
+        (torch.ones(4, 3), {"backend": "native"}, "square"),
+    ],
+)
+def test_errors(x, options, message):
+    with pytest.raises(ValueError, match=message):
+        procrustes(x, **options)
+
+
+def test_forced_backend_of_a_model_falls_back_to_none():
+    with use_backend("eager"):
+        assert procrustes(torch.eye(3)).equal(torch.eye(3))
