@@ -197,7 +197,7 @@ def _tokenizer(fields: dict) -> dict[str, str]:
     return {
         "encoder": f"{c.num_layers} layers, width {c.hidden_size}, {c.num_heads} heads, {c.activation}",
         "latents": f"{c.num_latents} out of {c.codebook_size} codes of {c.latent_channels}, layout {c.latent_layout}",
-        "decoder": f"grid {_by(c.decoder_grid)}, {len(c.channel_multipliers)} levels from {c.decoder_channels} channels",
+        "decoder": f"grid {_by(c.decoder_grid)}, {len(c.channel_multipliers)} levels of {c.decoder_channels}+ channels",
         "image": f"{_by(c.image_size)}, patches of {c.patch_size}",
     }
 

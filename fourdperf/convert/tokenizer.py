@@ -316,7 +316,7 @@ def titok_table(config: titok.Config) -> list[Row]:
 
 
 def infer_titok(shapes: Shapes, overrides: Mapping) -> titok.Config:
-    """No array shows the numbers of heads, which are those of SIZES, or else of 64 channels each; image_size is a square.
+    """No array shows the numbers of heads, which are those of SIZES, or else of 64 channels each; images are square.
 
     Latents are normalised, and reshaped, where the decoder's target is codes, as in all releases.
     """

@@ -8,7 +8,7 @@
       | residual blocks, doubled level by level      MaskGITVQGAN.decode
     images (B, H, W, 3)
 
-Source: "MaskGIT" (arXiv 2202.04200), in the PyTorch form that TiTok uses, whose checkpoints `Config.upstream` describes.
+Source: "MaskGIT" (arXiv 2202.04200), in the form that TiTok uses, whose checkpoints `Config.upstream` describes.
 """
 
 from dataclasses import dataclass
@@ -141,7 +141,10 @@ class MaskGITVQGAN(PretrainedModel):
         self.decoder = PixelDecoder(config)
 
     def encode(self, images: Tensor, taps: dict[str, Tensor] | None = None) -> Encoded:
-        """Latents `(B, h, w, C)` and indices `(B, h, w)` of `images` `(B, H, W, 3)` in [0, 1]; taps also has "latents"."""
+        """The codes of `images` `(B, H, W, 3)` in [0, 1]: latents `(B, h, w, C)` and indices `(B, h, w)`.
+
+        taps: as in `PixelEncoder`, and "latents", before the quantizer. Raises ValueError as `Tokenizer.encode` does.
+        """
         factor = self.config.factor
         if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[3] != 3:
             raise ValueError(f"images: expected a tensor (B, H, W, 3), got {tuple(getattr(images, 'shape', ()))}")

@@ -88,6 +88,7 @@ class Config(BaseConfig):
     target: "pixels", or "codes" of MaskGIT's VQGAN, of which the decoder gives logits.
     target_codes: how many of those there are.
     pixels: config of the pixel decoder for the last stage of training, or None. With it encoder and codes are frozen.
+        Pictures come out at `pixels.factor` pixels a patch, which is patch_size in all releases.
     latent_layout: "upstream" reads latents (N, D) as (D, N) without a transpose, as the first release does (there
         `is_legacy`); right is "token".
     """

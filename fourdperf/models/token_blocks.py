@@ -6,8 +6,9 @@
       | nearest of K codes                                                   VectorQuantizer
     indices (B, N)
 
-Source: "An Image is Worth 32 Tokens" (TiTok, arXiv 2406.07550), "Neural Discrete Representation Learning" (VQ-VAE, arXiv
-1711.00937), "Improved VQGAN" (l2-normalised codes, arXiv 2110.04627), "MaskGIT" (entropy loss; arXiv 2202.04200).
+Source: "An Image is Worth 32 Tokens" (TiTok, arXiv 2406.07550), "Neural Discrete Representation Learning" (arXiv
+1711.00937; VQ-VAE), "Vector-quantized Image Modeling with Improved VQGAN" (arXiv 2110.04627; codes of length 1),
+"Language Model Beats Diffusion" (arXiv 2310.05737; the entropy loss).
 """
 
 import os
@@ -155,12 +156,12 @@ class Block(nn.Module):
 class TokenEncoder(nn.Module):
     """ViT that reads pictures into latent tokens: `(B, H, W, 3)` -> `(B, N, C)`.
 
-    The sequence is a class token, patches row by row, latent tokens; the norm's outcome at the latent tokens goes through
-    `out`. positions: (1 + patches + N, D), without the class token's row where `class_position` is False.
+    The sequence is a class token, patches row by row, latent tokens; the norm of the latent tokens goes through `out`.
+    positions: (1 + patches + N, D), without the class token's row where `class_position` is False.
 
     head_dim: D / num_heads unless given. norm_pre: one more norm, before the blocks.
-    latent_layout: "upstream" reads the (N, D) numbers after the norm as (D, N) without a transpose, so that a latent gets
-        numbers of all tokens; for checkpoints that were trained so.
+    latent_layout: "upstream" reads the (N, D) numbers after the norm as (D, N) without a transpose, so that a latent
+        has numbers of all tokens; for checkpoints that were trained so.
     """
 
     def __init__(
@@ -283,8 +284,8 @@ class VectorQuantizer(nn.Module):
     commitment = mean |z - sg(code)|^2 and codebook = mean |code - sg(z)|^2; `beta` multiplies the first.
     normalize: codes are of length 1; z is expected to be, too. The stored codebook is any, and gradients go through the
         normalisation.
-    entropy_gamma: in train mode, the loss mean entropy - gamma * entropy of the mean of softmax(-100 |z - code|^2) drives
-        towards sure choices and even use; None for no such loss.
+    entropy_gamma: in train mode, the loss mean entropy - gamma * entropy of the mean, of softmax(-100 |z - code|^2),
+        drives towards sure choices and even use; None for no such loss.
 
     Of the seed's code:
     beta_on: "codebook" multiplies the second term by `beta` instead of the first.
@@ -320,7 +321,7 @@ class VectorQuantizer(nn.Module):
             return F.normalize(self.codebook, dim=-1)
         with torch.no_grad():
             self.codebook.copy_(F.normalize(self.codebook, dim=-1))
-        return self.codebook
+        return self.codebook.clone()  # which the next forward pass leaves alone, before the backward pass of this one
 
     def forward(self, z: Tensor) -> Quantized:
         """z `(.., C)`, floating; the search is in fp32 or wider, under autocast too."""
@@ -342,9 +343,7 @@ class VectorQuantizer(nn.Module):
 
     def lookup(self, indices: Tensor) -> Tensor:
         """The codes `(.., C)` of `indices` `(..)`; raises ValueError where they are no integers."""
-        if indices.is_floating_point() or indices.dtype == torch.bool:
-            raise ValueError(f"indices: expected an integer dtype, got {indices.dtype}")
-        return self.codes()[indices]
+        return self.codes()[check_integers(indices)]
 
 
 def nearest(z: Tensor, codes: Tensor) -> Tensor:
@@ -370,7 +369,7 @@ def entropy(probabilities: Tensor) -> Tensor:
 
 
 def sincos_positions(features: int, height: int, width: int) -> Tensor:
-    """Sines and cosines of places in a grid, `(height width, features)`: a half for the column, then one for the row."""
+    """Sines and cosines of places in a grid, `(height width, features)`: half for the column, half for the row."""
     quarter = features // 4
     omega = 10000.0 ** -(torch.arange(quarter, dtype=torch.float64, device="cpu") / quarter)
 
@@ -419,4 +418,10 @@ def check_indices(indices: Tensor, count: int) -> Tensor:
     """Raises ValueError unless `indices` are integers `(B, count)`."""
     if not isinstance(indices, Tensor) or indices.ndim != 2 or indices.shape[1] != count:
         raise ValueError(f"indices: expected a tensor (B, {count}), got {tuple(getattr(indices, 'shape', ()))}")
+    return check_integers(indices)
+
+
+def check_integers(indices: Tensor) -> Tensor:
+    if indices.is_floating_point() or indices.dtype == torch.bool:
+        raise ValueError(f"indices: expected an integer dtype, got {indices.dtype}")
     return indices

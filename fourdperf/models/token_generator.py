@@ -35,10 +35,10 @@ class Config(BaseConfig):
     """Sizes of a generator, and how it samples unless told otherwise.
 
     kind: "bert" (norms after each sum) or "uvit" (norms before, each late block joined to an early one).
-    codebook_size, num_tokens: K and N, of the tokenizer. num_classes: of the condition; one suffices where there is none.
+    codebook_size, num_tokens: K and N, of the tokenizer. num_classes: of the condition, at least one.
     hidden_size, num_layers, num_heads, mlp_size: of the transformer.
     dropout: of the embeddings and of what each branch of a block adds, in train mode.
-    steps: of `generate`. temperature: of its Gumbel noise at the start. guidance, schedule, guidance_power: see `generate`.
+    steps: of `generate`. temperature: of its Gumbel noise at the start. guidance, schedule, guidance_power: as there.
     anneal: also cools the logits, from 1.3 to 0.5.
     """
 
@@ -66,6 +66,8 @@ class Config(BaseConfig):
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if self.kind == "uvit" and self.num_layers % 2:
+            raise ValueError(f"num_layers: expected an even number for kind uvit, got {self.num_layers}")
         if self.hidden_size % self.num_heads:
             raise ValueError(f"num_heads: expected a divisor of hidden_size {self.hidden_size}, got {self.num_heads}")
         if not 0 <= self.dropout < 1:
@@ -192,7 +194,7 @@ class TokenGenerator(PretrainedModel):
         uniforms: Sequence[tuple[Tensor, Tensor]] | None = None,
         taps: dict[str, Tensor] | None = None,
     ) -> Tensor:
-        """Codes `(B, N)` of new pictures; options are the config's unless given.
+        """Codes `(B, N)` of new pictures, in eval mode; options are the config's unless given.
 
         All places are masked at first. Each step samples every masked place from the logits plus Gumbel noise times a
         temperature, which falls linearly to zero, and masks again those whose logit (plus such noise) is lowest: the
@@ -202,7 +204,7 @@ class TokenGenerator(PretrainedModel):
         schedule: of the strength s of guidance away from the logits without class. "linear": s = guidance * t, added as
             s (cond - uncond) to cond; "constant": s = guidance, added so; "power-cosine": from 1 to guidance with (1 -
             cos(pi t^guidance_power)) / 2, added to uncond; "none": none.
-        uniforms: per step, what the noise is made of instead of `generator`: uniform in [0, 1), `(B, N, K)` and `(B, N)`.
+        uniforms: per step, what the noise is made of instead of `generator`, in [0, 1): `(B, N, K)` and `(B, N)`.
         taps: "ids/00", ..: what each step begins with.
         """
         c = self.config
@@ -215,6 +217,8 @@ class TokenGenerator(PretrainedModel):
             check_int("batch", batch)
         elif batch not in (None, len(classes)):
             raise ValueError(f"batch: expected {len(classes)} like classes, got {batch}")
+        elif not 0 <= int(classes.min()) <= int(classes.max()) < c.num_classes:
+            raise ValueError(f"classes: expected numbers in 0 .. {c.num_classes - 1}, got {classes.tolist()}")
         if uniforms is not None and len(uniforms) != steps:
             raise ValueError(f"uniforms: expected {steps} pairs, got {len(uniforms)}")
         guidance = c.guidance if guidance is None else guidance

@@ -148,7 +148,7 @@ def test_the_command(tmp_path, capsys):
     torch.save({"state_dict": case.params, "global_step": 3}, tmp_path / "seed.ckpt")
     command = ["convert", str(tmp_path / "seed.ckpt"), str(tmp_path / "seed"), "--model", "tokenizer"]
     main([*command, "--fields.head_dim", "8"])
-    assert "grid 8x8, 3 levels from 32 channels" in capsys.readouterr().out
+    assert "grid 8x8, 3 levels of 32+ channels" in capsys.readouterr().out
     assert (
         Tokenizer.from_pretrained(tmp_path / "seed").config == TOKENIZER.load_state(case.params, {"head_dim": 8}).config
     )
