@@ -19,8 +19,8 @@ from fourdperf.convert.state import read_state
 from fourdperf.convert.table import Row
 from fourdperf.data.files import atomic_path
 from fourdperf.models import maskgit_vqgan, titok, token_generator, tokenizer
-from fourdperf.models.checkpoint import CheckpointError, check_keys, load_weights, read_config
-from fourdperf.models.token_blocks import BaseConfig, PretrainedModel
+from fourdperf.models.checkpoint import CheckpointError, PretrainedModel, check_keys, load_weights, read_config
+from fourdperf.models.config import BaseConfig
 
 __all__ = ["GENERATOR", "MASKGIT_VQGAN", "SUFFIXES", "TITOK", "TOKENIZER", "Family"]
 
@@ -436,10 +436,7 @@ class Family(NamedTuple):
         check_keys(where, {name: shape for row in rows for name, shape in row.sources}, shapes)
         with torch.device("meta"):
             model = self.model(config)
-        trained = {name: p.requires_grad for name, p in model.named_parameters()}
         model.load_state_dict({row.key: _pack(row, state) for row in rows}, assign=True)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(trained[name])
         return model.eval()
 
     def load(self, path: str | os.PathLike, overrides: Mapping | None = None) -> PretrainedModel:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fourdperf.data.files import atomic_path, write_text
+from fourdperf.models.config import BaseConfig
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -146,3 +147,44 @@ def check_keys(where: str, wanted: dict[str, tuple[int, ...]], got: dict[str, tu
     if problems:
         more = f" (and {len(problems) - 12} more)" if len(problems) > 12 else ""
         raise CheckpointError(f"{where}: " + "; ".join(problems[:12]) + more)
+
+
+class PretrainedModel(nn.Module):
+    """A model that reads and writes checkpoint directories; subclasses take a config, and keep it as `config`.
+
+    MODEL, CONFIG: the model family's name, and its config's class. DTYPE: what stored weights become by default; None
+    leaves them as they are.
+    """
+
+    MODEL: str
+    CONFIG: type[BaseConfig]
+    DTYPE: torch.dtype | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ):
+        """The model of a directory written by `save_pretrained` or `fourdperf convert`, in eval mode.
+
+        dtype: convert to it; by default DTYPE. Raises CheckpointError (a ValueError) that names the file, and the keys
+        that are missing, unknown or misshapen.
+        """
+        fields = read_config(path, cls.MODEL)
+        try:
+            with torch.device("meta"):
+                model = cls(cls.CONFIG.from_dict(fields))
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        load_weights(model, path, dtype or cls.DTYPE, device)
+        return model.eval()
+
+    def save_pretrained(self, path: str | os.PathLike, *, dtype: torch.dtype | None = None) -> None:
+        """Write `model.safetensors` (in `dtype`, by default as the parameters are) and `config.json` into `path`.
+
+        Each file is complete or not there at all.
+        """
+        save_model(self, path, self.MODEL, self.config.to_dict(), dtype)

@@ -4,6 +4,19 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 
+class BaseConfig:
+    """What configs share: construction from, and conversion to, plain values."""
+
+    @classmethod
+    def from_dict(cls, fields: Mapping):
+        """The inverse of `to_dict`; raises ValueError for missing and unknown fields."""
+        return from_fields(cls, fields)
+
+    def to_dict(self) -> dict:
+        """Plain numbers, strings, lists and dictionaries, fit for JSON."""
+        return to_fields(self)
+
+
 def to_fields(config: object) -> dict:
     """Plain numbers, strings, lists and dictionaries, fit for JSON."""
 
@@ -29,6 +42,13 @@ def check_int(name: str, value: object) -> None:
     """Raises ValueError unless `value` is a positive integer."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+
+
+def check_choices(config: object, choices: Mapping[str, Sequence[str]]) -> None:
+    """Raises ValueError for the first field of `choices` whose value is none of its own."""
+    for name, known in choices.items():
+        if getattr(config, name) not in known:
+            raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(config, name)!r}")
 
 
 def int_tuple(name: str, values: object, *lengths: int) -> tuple[int, ...]:

@@ -27,8 +27,6 @@ Source: "Efficiently Reconstructing Dynamic Scenes One D4RT at a Time" (arXiv 25
 
 import dataclasses
 import math
-import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -37,8 +35,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fourdperf.data.queries import Queries
-from fourdperf.models.checkpoint import CheckpointError, load_weights, read_config, save_model
-from fourdperf.models.config import check_int, from_fields, int_tuple, set_field, to_fields
+from fourdperf.models.checkpoint import PretrainedModel
+from fourdperf.models.config import BaseConfig, check_choices, check_int, int_tuple, set_field
 from fourdperf.models.layers import (
     LAYER_NORM_EPS,
     CrossDecoder,
@@ -47,7 +45,9 @@ from fourdperf.models.layers import (
     PreNormBlock,
     attention,
     like,
+    may_look,
     tap,
+    wide,
 )
 from fourdperf.ops import fourier_linear, gather_patches, linear_range, octaves, window_attention
 
@@ -88,7 +88,7 @@ CHOICES = {
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(BaseConfig):
     """Sizes and options of a D4RT; the defaults are the paper's (with `from_variant("g")`), or ours where it is silent.
 
     hidden_size, num_layers, num_heads, mlp_size: the encoder; the MLP has four times the width by default.
@@ -167,9 +167,7 @@ class Config:
             raise ValueError(f"num_frames: expected at least one patch of {self.patch_size}, got {self.num_frames}")
         if self.query_parts is not None:
             set_field(self, "query_parts", int_tuple("query_parts", self.query_parts, 3))
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        check_choices(self, CHOICES)
         if not (isinstance(self.norm_eps, float) and self.norm_eps > 0):
             raise ValueError(f"norm_eps: expected a positive number, got {self.norm_eps!r}")
 
@@ -191,15 +189,6 @@ class Config:
             **{"rgb_embedding": "conv", "query_parts": (128, 64, 128), "project_memory": True},
         }
         return cls.from_dict({**fields, **overrides})
-
-    @classmethod
-    def from_dict(cls, fields: Mapping) -> "Config":
-        """The inverse of `to_dict`; raises ValueError for unknown fields."""
-        return from_fields(cls, fields)
-
-    def to_dict(self) -> dict:
-        """Plain numbers, strings, lists and dictionaries, fit for JSON."""
-        return to_fields(self)
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -395,7 +384,7 @@ class QueryBuilder(nn.Module):
         make = (
             octaves(bands, scale=math.pi, device=device) if octave else linear_range(0.5, bands, bands, device=device)
         )
-        uv = uv.to(_wide(self.fourier.weight))
+        uv = uv.to(wide(self.fourier.weight.dtype))
         return fourier_linear(uv, make, self.fourier.weight, self.fourier.bias)
 
     def patches(self, queries: Queries, frames: Tensor) -> Tensor:
@@ -410,7 +399,7 @@ class QueryBuilder(nn.Module):
         return 2 * patches - 1 if self.config.centered else patches
 
 
-class D4RT(nn.Module):
+class D4RT(PretrainedModel):
     """D4RT: encode a clip once, decode any number of queries about it.
 
         encoded = model.encode(video)
@@ -419,6 +408,8 @@ class D4RT(nn.Module):
     Pixels are 0..1; values are not inspected: a NaN in a clip makes that clip's answers NaN. Queries run in chunks
     whose activations fit `model.decoder.memory_budget` bytes, so that memory does not grow with their number.
     """
+
+    MODEL, CONFIG, DTYPE = MODEL, Config, torch.float32
 
     def __init__(self, config: Config):
         super().__init__()
@@ -515,7 +506,7 @@ class D4RT(nn.Module):
         tap(taps, "queries", tokens)
         tokens = self.decoder(tokens, encoded.memory, taps)
         with torch.autocast(tokens.device.type, enabled=False):  # 8 bits would be too few for a position
-            dtype = _wide(self.head.weight)
+            dtype = wide(self.head.weight.dtype)
             outputs = F.linear(tokens.to(dtype), self.head.weight.to(dtype), self.head.bias.to(dtype))
         tap(taps, "outputs", outputs)
         return outputs
@@ -527,7 +518,7 @@ class D4RT(nn.Module):
         if not isinstance(ratio, Tensor) or ratio.shape != (batch,):
             raise ValueError(f"aspect_ratio: expected a tensor (B={batch},), got {getattr(ratio, 'shape', ratio)!r}")
         ratio = like(ratio, self.head.weight, "aspect_ratio")
-        if _may_look(ratio) and not (ratio > 0).all():
+        if may_look(ratio) and not (ratio > 0).all():
             raise ValueError(f"aspect_ratio: expected width / height above 0, got {ratio.tolist()}")
         return ratio
 
@@ -568,47 +559,8 @@ class D4RT(nn.Module):
                 raise ValueError(
                     f"queries.{name}: expected int64 (B, N) = {tuple(uv.shape[:2])}, got {x.dtype} {tuple(x.shape)}"
                 )
-            if _may_look(x) and x.numel() and not 0 <= int(x.min()) <= int(x.max()) < frames:
+            if may_look(x) and x.numel() and not 0 <= int(x.min()) <= int(x.max()) < frames:
                 raise ValueError(
                     f"queries.{name}: expected frames in [0, {frames - 1}], got {int(x.min())} to {int(x.max())}"
                 )
         return queries
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        path: str | os.PathLike,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
-    ) -> "D4RT":
-        """Load a directory written by `save_pretrained`, in eval mode; weights stored in half precision become `dtype`.
-
-        Raises CheckpointError (a ValueError) that names the file, and the keys that are missing, unknown or misshapen.
-        """
-        fields = read_config(path, MODEL)
-        try:
-            config = Config.from_dict(fields)
-        except ValueError as error:
-            raise CheckpointError(f"{path}: {error}") from error
-        with torch.device("meta"):
-            model = cls(config)
-        load_weights(model, path, dtype, device)
-        return model.eval()
-
-    def save_pretrained(self, path: str | os.PathLike, *, dtype: torch.dtype | None = None) -> None:
-        """Write `model.safetensors` (in `dtype`, by default as the parameters are) and `config.json` into `path`.
-
-        Each file is complete or not there at all.
-        """
-        save_model(self, path, MODEL, self.config.to_dict(), dtype)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    """fp32, or the dtype of `x` where that is wider."""
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def _may_look(x: Tensor) -> bool:
-    """Whether values may be checked: on a GPU that would wait for the device, and a compiler sees none."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()

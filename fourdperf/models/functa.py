@@ -21,8 +21,6 @@ start of the rates, + 1/2), "SIREN" (arXiv 2006.09661; start of the weights).
 
 import copy
 import math
-import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,9 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fourdperf.models.checkpoint import CheckpointError, load_weights, read_config, save_model
-from fourdperf.models.config import check_int, from_fields, int_tuple, set_field, to_fields
-from fourdperf.models.layers import like, tap
+from fourdperf.models.checkpoint import PretrainedModel
+from fourdperf.models.config import BaseConfig, check_choices, check_int, int_tuple, set_field
+from fourdperf.models.layers import like, tap, wide
 from fourdperf.ops import bilinear_sample
 from fourdperf.ops.modulated_siren import modulated_sine
 
@@ -50,7 +48,7 @@ RULES = {"nearest": {"mode": "nearest_floor", "align_corners": False}, "linear":
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(BaseConfig):
     """Sizes and options of a functa.
 
     hidden_size, num_layers: of the SIREN; the last layer is dense, the others are sines.
@@ -100,9 +98,7 @@ class Config:
         set_field(self, "image_size", int_tuple("image_size", image, 1, 2, 3))
         if self.latent_size > 1 and len(self.image_size) != 2:
             raise ValueError(f"latent_size: expected 1 for a signal of size {self.image_size}, got {self.latent_size}")
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        check_choices(self, CHOICES)
         if self.interpolation == "linear" and self.latent_size > 1 and max(self.image_size) < 2:
             raise ValueError(f"image_size: expected an index of at least one bit, got {self.image_size}")
         for name in ("omega_0", "inner_rate", "rate_multiplier"):
@@ -124,15 +120,6 @@ class Config:
         return cls.from_dict(
             {"modulation_layout": "upstream", "transposed_grid": True, "rate_range": None, **overrides}
         )
-
-    @classmethod
-    def from_dict(cls, fields: Mapping) -> "Config":
-        """The inverse of `to_dict`; raises ValueError for unknown fields."""
-        return from_fields(cls, fields)
-
-    def to_dict(self) -> dict:
-        """Plain numbers, strings and lists, fit for JSON."""
-        return to_fields(self)
 
     @property
     def axes(self) -> int:
@@ -175,7 +162,7 @@ class Config:
         return self.axes * self.bits if self.spatial and self.interpolation == "linear" else self.axes
 
 
-class Functa(nn.Module):
+class Functa(PretrainedModel):
     """The field that all signals share: latents and coordinates to values.
 
     layers      linear layers: uniform in +-1/K first, +-sqrt(6 / H) / omega_0 then (SIREN); biases zero
@@ -183,6 +170,8 @@ class Functa(nn.Module):
                 Rows: all scales, then all shifts, each layer by layer
     rates       learned step sizes, if any: uniform in 0.005 .. 0.1 (functa)
     """
+
+    MODEL, CONFIG, DTYPE = MODEL, Config, torch.float32
 
     def __init__(self, config: Config):
         super().__init__()
@@ -222,7 +211,7 @@ class Functa(nn.Module):
         """Coordinates `(N, d)` of the pixels' centres, (i + 1/2) / n, in their order; `size` as image_size."""
         size = self._size(size)
         weight = self.layers[0].weight
-        where = {"device": weight.device, "dtype": _wide(weight.dtype)}
+        where = {"device": weight.device, "dtype": wide(weight.dtype)}
         axes = torch.meshgrid(*((torch.arange(n, **where) + 0.5) / n for n in size), indexing="ij")
         return torch.stack(axes if self.config.transposed_grid else axes[::-1], dim=-1).flatten(0, -2)
 
@@ -313,36 +302,7 @@ class Functa(nn.Module):
             raise ValueError(f"coords: expected a tensor {wanted}, got {getattr(coords, 'shape', coords)!r}")
         weight = self.layers[0].weight
         like(coords, weight, "coords")
-        return coords.to(_wide(weight.dtype))
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        path: str | os.PathLike,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
-    ) -> "Functa":
-        """Load a directory written by `save_pretrained`, in eval mode; weights stored in half precision become `dtype`.
-
-        Raises CheckpointError (a ValueError) that names the file, and the keys that are missing, unknown or misshapen.
-        """
-        fields = read_config(path, MODEL)
-        try:
-            config = Config.from_dict(fields)
-        except ValueError as error:
-            raise CheckpointError(f"{path}: {error}") from error
-        with torch.device("meta"):
-            model = cls(config)
-        load_weights(model, path, dtype, device)
-        return model.eval()
-
-    def save_pretrained(self, path: str | os.PathLike, *, dtype: torch.dtype | None = None) -> None:
-        """Write `model.safetensors` (in `dtype`, by default as the parameters are) and `config.json` into `path`.
-
-        Each file is complete or not there at all.
-        """
-        save_model(self, path, MODEL, self.config.to_dict(), dtype)
+        return coords.to(wide(weight.dtype))
 
 
 def _mixed(maps: tuple[Tensor, ...], xy: Tensor, config: Config) -> tuple[Tensor, ...]:
@@ -558,11 +518,6 @@ def _gradient_at_zero(
 def psnr(recon: Tensor, target: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of each signal in dB, for a peak of 1: (B, ..) -> (B,)."""
     return -10 * (recon - target).square().flatten(1).mean(1).log10()
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """fp32, or `dtype` where that is wider."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _number(name: str, value: object) -> float:

@@ -15,16 +15,14 @@ Its configuration only names a ResNet; ours is the plain one of "Identity Mappin
 
 import dataclasses
 import math
-import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fourdperf.models.checkpoint import CheckpointError, load_weights, read_config, save_model
-from fourdperf.models.config import check_int, from_fields, set_field, to_fields
+from fourdperf.models.checkpoint import PretrainedModel
+from fourdperf.models.config import BaseConfig, check_choices, check_int, set_field
 from fourdperf.models.layers import LAYER_NORM_EPS, PreNormBlock, like, tap
 
 MODEL = "latent_classifier"
@@ -32,7 +30,7 @@ KINDS = ("mlp", "transformer", "resnet")
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(BaseConfig):
     """Sizes of a classifier.
 
     kind: "mlp", "transformer" or "resnet".
@@ -56,8 +54,7 @@ class Config:
     normalizing_factor: float = 1.0
 
     def __post_init__(self):
-        if self.kind not in KINDS:
-            raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {self.kind!r}")
+        check_choices(self, {"kind": KINDS})
         check_int("hidden_size", self.hidden_size)
         set_field(self, "mlp_size", 4 * self.hidden_size if self.mlp_size is None else self.mlp_size)
         for field in dataclasses.fields(self):
@@ -69,14 +66,6 @@ class Config:
             raise ValueError(f"dropout: expected a number in [0, 1), got {self.dropout!r}")
         if not 0 < self.normalizing_factor < math.inf:
             raise ValueError(f"normalizing_factor: expected a positive number, got {self.normalizing_factor!r}")
-
-    @classmethod
-    def from_dict(cls, fields: Mapping) -> "Config":
-        """The inverse of `to_dict`; raises ValueError for unknown fields."""
-        return from_fields(cls, fields)
-
-    def to_dict(self) -> dict:
-        return to_fields(self)
 
 
 class MLP(nn.Module):
@@ -182,11 +171,13 @@ class ResNet(nn.Module):
 BODIES = {"mlp": MLP, "transformer": Transformer, "resnet": ResNet}
 
 
-class LatentClassifier(nn.Module):
+class LatentClassifier(PretrainedModel):
     """Latents `(B, s, s, c)` -> logits `(B, classes)`.
 
     A transformer takes fewer tokens too, which have the first positions, and a ResNet a map of any size.
     """
+
+    MODEL, CONFIG, DTYPE = MODEL, Config, torch.float32
 
     def __init__(self, config: Config):
         super().__init__()
@@ -229,32 +220,3 @@ class LatentClassifier(nn.Module):
         }
         if latent.ndim < 2 or not fits[c.kind]:
             raise ValueError(f"latent: expected (B, {size}, {size}, {channels}), got {shape}")
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        path: str | os.PathLike,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
-    ) -> "LatentClassifier":
-        """Load a directory written by `save_pretrained`, in eval mode; weights stored in half precision become `dtype`.
-
-        Raises CheckpointError (a ValueError) that names the file, and the keys that are missing, unknown or misshapen.
-        """
-        fields = read_config(path, MODEL)
-        try:
-            config = Config.from_dict(fields)
-        except ValueError as error:
-            raise CheckpointError(f"{path}: {error}") from error
-        with torch.device("meta"):
-            model = cls(config)
-        load_weights(model, path, dtype, device)
-        return model.eval()
-
-    def save_pretrained(self, path: str | os.PathLike, *, dtype: torch.dtype | None = None) -> None:
-        """Write `model.safetensors` (in `dtype`, by default as the parameters are) and `config.json` into `path`.
-
-        Each file is complete or not there at all.
-        """
-        save_model(self, path, MODEL, self.config.to_dict(), dtype)

@@ -232,6 +232,16 @@ def take(x: Tensor, ids: Tensor) -> Tensor:
     return x.gather(1, ids.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """fp32, or `dtype` where that is wider."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def may_look(x: Tensor) -> bool:
+    """Whether values may be checked: on a GPU that would wait for the device, and a compiler sees none."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def tap(taps: dict[str, Tensor] | None, name: str, value: Tensor) -> None:
     if taps is not None:
         taps[name] = value

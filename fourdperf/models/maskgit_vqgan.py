@@ -16,10 +16,11 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fourdperf.models.config import check_int, int_tuple, set_field
+from fourdperf.models.checkpoint import PretrainedModel
+from fourdperf.models.config import BaseConfig, check_choices, check_int, int_tuple, set_field
 from fourdperf.models.convolutions import GROUPS, SHORTCUTS, ResBlock, conv3x3, group_norm, upsample
 from fourdperf.models.layers import like, tap
-from fourdperf.models.token_blocks import BaseConfig, PretrainedModel, VectorQuantizer, check_latents
+from fourdperf.models.token_blocks import VectorQuantizer, check_latents
 from fourdperf.models.tokenizer import Encoded, Output
 
 MODEL = "maskgit_vqgan"
@@ -50,8 +51,7 @@ class Config(BaseConfig):
         set_field(self, "channel_multipliers", int_tuple("channel_multipliers", levels, *range(1, 11)))
         if any(self.channels * multiplier % GROUPS for multiplier in self.channel_multipliers):
             raise ValueError(f"channels: expected a multiple of {GROUPS}, got {self.channels}")
-        if self.shortcut not in SHORTCUTS:
-            raise ValueError(f"shortcut: expected one of {', '.join(SHORTCUTS)}, got {self.shortcut!r}")
+        check_choices(self, {"shortcut": SHORTCUTS})
 
     @classmethod
     def upstream(cls, **overrides) -> "Config":

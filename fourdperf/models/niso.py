@@ -21,8 +21,7 @@ Source: "Neural Isometries" (arXiv 2405.19296), "Vector Neurons" (arXiv 2104.122
 
 import dataclasses
 import math
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
@@ -30,9 +29,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fourdperf.models.checkpoint import CheckpointError, load_weights, read_config, save_model
-from fourdperf.models.config import check_int, from_fields, int_tuple, set_field, to_fields
-from fourdperf.models.layers import like, tap
+from fourdperf.models.checkpoint import PretrainedModel
+from fourdperf.models.config import BaseConfig, check_choices, check_int, int_tuple, set_field
+from fourdperf.models.layers import like, may_look, tap, wide
 from fourdperf.ops import procrustes
 
 MODEL = "niso"
@@ -47,7 +46,7 @@ AnyModel = TypeVar("AnyModel", bound="Model")
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(BaseConfig):
     """Sizes and options of a model of any kind.
 
     kind: "autoencoder", "classifier" or "pose".
@@ -97,11 +96,7 @@ class Config:
     procrustes_gradient: str = "exact"
 
     def __post_init__(self):
-        if self.kind not in KINDS:
-            raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {self.kind!r}")
-        if self.procrustes_gradient not in GRADIENTS:
-            expected = ", ".join(GRADIENTS)
-            raise ValueError(f"procrustes_gradient: expected one of {expected}, got {self.procrustes_gradient!r}")
+        check_choices(self, {"kind": KINDS, "procrustes_gradient": GRADIENTS})
         image = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
         set_field(self, "image_size", int_tuple("image_size", image, 2))
         levels = len(self.encoder_channels)
@@ -134,15 +129,6 @@ class Config:
         """The original with all that it does differently, for its checkpoints."""
         options = {"biases": True, "upstream_modules": True, "train_basis": True, "procrustes_gradient": "regularized"}
         return cls.from_dict({**options, **overrides})
-
-    @classmethod
-    def from_dict(cls, fields: Mapping) -> "Config":
-        """The inverse of `to_dict`; raises ValueError for unknown fields."""
-        return from_fields(cls, fields)
-
-    def to_dict(self) -> dict:
-        """Plain numbers, strings and lists, fit for JSON."""
-        return to_fields(self)
 
     @property
     def stride(self) -> int:
@@ -217,10 +203,10 @@ class IsometricOperator(nn.Module):
 
     def basis(self) -> Basis:
         """The functions in force; their order follows the eigenvalues."""
-        if _looks(self.M):
+        if may_look(self.M):
             self.check()
         with _full_precision(self.M):
-            M, Phi, Lambda = (x.to(_wide(x.dtype)) for x in (self.M, self.Phi, self.Lambda))
+            M, Phi, Lambda = (x.to(wide(x.dtype)) for x in (self.M, self.Phi, self.Lambda))
             mass = M.square() + MASS_FLOOR
             root = mass.sqrt()[:, None]
             functions = procrustes(root * Phi, gradient=self.gradient) / root
@@ -255,7 +241,7 @@ class IsometricOperator(nn.Module):
             raise ValueError(f"a and b: expected one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
         with _full_precision(a):
             correlation = (b.to(basis.mask.dtype) @ a.to(basis.mask.dtype).mT).mul_(basis.mask)
-            if _looks(correlation):
+            if may_look(correlation):
                 _check_correlation(correlation, a, b)
             return procrustes(correlation, special=True, gradient=self.gradient)
 
@@ -617,9 +603,10 @@ class Related(NamedTuple):
     recon_b: Tensor
 
 
-class Model(nn.Module):
+class Model(PretrainedModel):
     """What all kinds share: encoder, operator, and how they are stored. `kind`: of the config that fits."""
 
+    MODEL, CONFIG, DTYPE = MODEL, Config, torch.float32
     kind: str
 
     def __init__(self, config: Config):
@@ -646,37 +633,9 @@ class Model(nn.Module):
             shape = ", ".join(map(str, wanted))
             raise ValueError(f"{name}: expected a tensor (B, {shape}), got {getattr(x, 'shape', x)!r}")
         x = like(x, self.operator.M, name)
-        if _looks(x):
+        if may_look(x):
             _check_finite(name, x)
         return x
-
-    @classmethod
-    def from_pretrained(
-        cls: type[AnyModel],
-        path: str | os.PathLike,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
-    ) -> AnyModel:
-        """Load a directory written by `save_pretrained`, in eval mode; weights stored in half precision become `dtype`.
-
-        Raises CheckpointError (a ValueError) that names the file, and the keys that are missing, unknown or misshapen.
-        """
-        fields = read_config(path, MODEL)
-        try:
-            with torch.device("meta"):
-                model = cls(Config.from_dict(fields))
-        except ValueError as error:
-            raise CheckpointError(f"{path}: {error}") from error
-        load_weights(model, path, dtype, device)
-        return model.eval()
-
-    def save_pretrained(self, path: str | os.PathLike, *, dtype: torch.dtype | None = None) -> None:
-        """Write `model.safetensors` (in `dtype`, by default as the parameters are) and `config.json` into `path`.
-
-        Each file is complete or not there at all.
-        """
-        save_model(self, path, MODEL, self.config.to_dict(), dtype)
 
 
 class Autoencoder(Model):
@@ -787,15 +746,10 @@ class PosePredictor(Frozen):
         tap(taps, "tau", tau)
         pose = self.head(tau.flatten(-2).to(self.operator.M.dtype), taps)
         tap(taps, "pose", pose)
-        return lift_se3(pose.to(_wide(pose.dtype)))
+        return lift_se3(pose.to(wide(pose.dtype)))
 
 
 MODELS = {model.kind: model for model in (Autoencoder, Classifier, PosePredictor)}
-
-
-def _looks(x: Tensor) -> bool:
-    """Whether values may be looked at: that neither waits for a device nor breaks a graph."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _check_finite(name: str, x: Tensor) -> None:
@@ -805,8 +759,3 @@ def _check_finite(name: str, x: Tensor) -> None:
 
 def _full_precision(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """fp32, or `dtype` where that is wider."""
-    return torch.promote_types(dtype, torch.float32)

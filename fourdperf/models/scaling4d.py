@@ -14,7 +14,6 @@ Source: "Scaling 4D Representations" (arXiv 2412.15212), google-deepmind/represe
 """
 
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,9 +22,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fourdperf.models.checkpoint import CheckpointError, load_weights, read_config, save_model
-from fourdperf.models.config import check_int, from_fields, int_tuple, set_field, to_fields
-from fourdperf.models.layers import LAYER_NORM_EPS, MLP, PatchEmbedding, PreNormBlock, attention, like, tap
+from fourdperf.models.checkpoint import PretrainedModel
+from fourdperf.models.config import BaseConfig, check_choices, check_int, from_fields, int_tuple, set_field
+from fourdperf.models.layers import LAYER_NORM_EPS, MLP, PatchEmbedding, PreNormBlock, attention, like, may_look, tap
 from fourdperf.ops import resize
 
 MODEL = "scaling4d"
@@ -171,7 +170,7 @@ class ReadoutConfig:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(BaseConfig):
     """Everything needed to rebuild a 4DS model.
 
     hidden_size, num_layers, num_heads, mlp_size: as in VARIANTS; mlp_size None means four times hidden_size.
@@ -211,8 +210,7 @@ class Config:
         set_field(self, "video_size", int_tuple("video_size", self.video_size, 3))
         if 0 in self.grid:
             raise ValueError(f"video_size: expected at least one patch of {self.patch_size}, got {self.video_size}")
-        if self.block not in BLOCKS:
-            raise ValueError(f"block: expected one of {', '.join(BLOCKS)}, got {self.block!r}")
+        check_choices(self, {"block": BLOCKS})
         if isinstance(self.readout, Mapping):
             set_field(self, "readout", from_fields(ReadoutConfig, self.readout, "readout."))
         if self.readout is not None and not isinstance(self.readout, ReadoutConfig):
@@ -234,15 +232,6 @@ class Config:
             if tuple(given[1:]) != (patch, patch):
                 raise ValueError(f"patch_size: the variant {name!r} says {patch}x{patch}, got {tuple(given)}")
         return cls.from_dict(fields)
-
-    @classmethod
-    def from_dict(cls, fields: Mapping) -> "Config":
-        """The inverse of `to_dict`; raises ValueError for missing and unknown fields."""
-        return from_fields(cls, fields)
-
-    def to_dict(self) -> dict:
-        """Plain numbers, strings, lists and dictionaries, fit for JSON."""
-        return to_fields(self)
 
     @property
     def variant(self) -> str | None:
@@ -466,12 +455,14 @@ class AttentionReadout(nn.Module):
         return output.softmax(dim=-1).unflatten(0, (-1, clips)).mean(dim=1)
 
 
-class Scaling4D(nn.Module):
+class Scaling4D(PretrainedModel):
     """4DS: the encoder, and the readout when the config has one.
 
     Videos are `(B, T, H, W, C)`, floating point, frames scaled to 0..1 as the released models saw them; they are
     converted to the dtype of the parameters. Values are not inspected: a NaN in a clip makes that clip's features NaN.
     """
+
+    MODEL, CONFIG = MODEL, Config
 
     def __init__(self, config: Config):
         super().__init__()
@@ -587,33 +578,11 @@ class Scaling4D(nn.Module):
         if ids_keep.device != video.device:
             raise ValueError(f"ids_keep: expected it on {video.device} like the video, got {ids_keep.device}")
         # On a GPU looking at the values would wait for the device; indexing there reports them in its own way.
-        if ids_keep.device.type == "cpu" and ids_keep.numel() and not torch.compiler.is_compiling():
+        if may_look(ids_keep) and ids_keep.numel():
             grid = (size // patch for size, patch in zip(video.shape[1:4], self.config.patch_size))
             tokens, low, high = math.prod(grid), int(ids_keep.min()), int(ids_keep.max())
             if low < 0 or high >= tokens:
                 raise ValueError(f"ids_keep: expected values in [0, {tokens - 1}], got {low} to {high}")
-
-    @classmethod
-    def from_pretrained(
-        cls, path: str | os.PathLike, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
-    ) -> "Scaling4D":
-        """Load a directory written by `save_pretrained` or `fourdperf convert`, in eval mode.
-
-        Raises CheckpointError (a ValueError) that names the file, and the keys that are missing, unknown or misshapen.
-        """
-        fields = read_config(path, MODEL)
-        try:
-            config = Config.from_dict(fields)
-        except ValueError as error:
-            raise CheckpointError(f"{path}: {error}") from error
-        with torch.device("meta"):
-            model = cls(config)
-        load_weights(model, path, dtype, device)
-        return model.eval()
-
-    def save_pretrained(self, path: str | os.PathLike) -> None:
-        """Write `model.safetensors` and `config.json` into the directory `path`, each complete or not at all."""
-        save_model(self, path, MODEL, self.config.to_dict())
 
 
 class Masking(NamedTuple):

@@ -20,16 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fourdperf.models import maskgit_vqgan
-from fourdperf.models.config import check_int, int_tuple, set_field
+from fourdperf.models.checkpoint import PretrainedModel
+from fourdperf.models.config import BaseConfig, check_choices, check_int, int_tuple, set_field
 from fourdperf.models.convolutions import conv3x3
 from fourdperf.models.layers import tap
 from fourdperf.models.maskgit_vqgan import PixelDecoder
 from fourdperf.models.token_blocks import (
     LATENT_LAYOUTS,
-    BaseConfig,
     Block,
     MaskedTokens,
-    PretrainedModel,
     TokenEncoder,
     VectorQuantizer,
     check_images,
@@ -119,9 +118,7 @@ class Config(BaseConfig):
             check_int(name, getattr(self, name))
         size = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
         set_field(self, "image_size", int_tuple("image_size", size, 2))
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        check_choices(self, CHOICES)
         for heads, width in (("num_heads", "hidden_size"), ("decoder_heads", "decoder_size")):
             if getattr(self, width) % getattr(self, heads):
                 raise ValueError(f"{heads}: expected a divisor of {width} {getattr(self, width)}")

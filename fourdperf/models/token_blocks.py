@@ -11,16 +11,12 @@ Source: "An Image is Worth 32 Tokens" (TiTok, arXiv 2406.07550), "Neural Discret
 "Language Model Beats Diffusion" (arXiv 2310.05737; the entropy loss).
 """
 
-import os
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fourdperf.models.checkpoint import CheckpointError, load_weights, read_config, save_model
-from fourdperf.models.config import from_fields, to_fields
 from fourdperf.models.layers import attention, like, tap
 
 ACTIVATIONS = {
@@ -32,58 +28,6 @@ LATENT_LAYOUTS = ("token", "upstream")
 BETA_ON = ("commitment", "codebook")
 ENTROPY_TEMPERATURE = 0.01
 PROBABILITY_FLOOR = 1e-5
-
-
-class BaseConfig:
-    """What the configs of this family share: construction from, and conversion to, plain values."""
-
-    @classmethod
-    def from_dict(cls, fields: Mapping):
-        """The inverse of `to_dict`; raises ValueError for unknown fields."""
-        return from_fields(cls, fields)
-
-    def to_dict(self) -> dict:
-        """Plain numbers, strings and lists, fit for JSON."""
-        return to_fields(self)
-
-
-class PretrainedModel(nn.Module):
-    """A model that reads and writes directories of `models.checkpoint`; subclasses set MODEL and CONFIG."""
-
-    MODEL: str
-    CONFIG: type[BaseConfig]
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        path: str | os.PathLike,
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ):
-        """The model of a directory written by `save_pretrained`, in eval mode, in the dtype stored or `dtype`.
-
-        Raises CheckpointError (a ValueError) that names the file, and the keys that are missing, unknown or misshapen.
-        """
-        fields = read_config(path, cls.MODEL)
-        try:
-            config = cls.CONFIG.from_dict(fields)
-        except ValueError as error:
-            raise CheckpointError(f"{path}: {error}") from error
-        with torch.device("meta"):
-            model = cls(config)
-        trained = {name: p.requires_grad for name, p in model.named_parameters()}
-        load_weights(model, path, dtype, device)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(trained[name])
-        return model.eval()
-
-    def save_pretrained(self, path: str | os.PathLike, *, dtype: torch.dtype | None = None) -> None:
-        """Write `model.safetensors` (in `dtype`, by default as the parameters are) and `config.json` into `path`.
-
-        Each file is complete or not there at all.
-        """
-        save_model(self, path, self.MODEL, self.config.to_dict(), dtype)
 
 
 class Attention(nn.Module):

@@ -19,9 +19,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fourdperf.models.config import check_int
+from fourdperf.models.checkpoint import PretrainedModel
+from fourdperf.models.config import BaseConfig, check_choices, check_int
 from fourdperf.models.layers import tap
-from fourdperf.models.token_blocks import BaseConfig, Block, PretrainedModel, check_indices, reset_transformer
+from fourdperf.models.token_blocks import Block, check_indices, reset_transformer
 
 MODEL = "token_generator"
 CHOICES = {"kind": ("bert", "uvit"), "schedule": ("none", "constant", "linear", "power-cosine")}
@@ -63,9 +64,7 @@ class Config(BaseConfig):
             check_int(name, getattr(self, name))
         for name in ("mlp_size", "steps"):
             check_int(name, getattr(self, name))
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        check_choices(self, CHOICES)
         if self.kind == "uvit" and self.num_layers % 2:
             raise ValueError(f"num_layers: expected an even number for kind uvit, got {self.num_layers}")
         if self.hidden_size % self.num_heads:

@@ -19,16 +19,15 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fourdperf.models.config import check_int, int_tuple, set_field
+from fourdperf.models.checkpoint import PretrainedModel
+from fourdperf.models.config import BaseConfig, check_choices, check_int, int_tuple, set_field
 from fourdperf.models.convolutions import GROUPS, PixelAttention, ResBlock, conv3x3, group_norm, upsample
 from fourdperf.models.layers import tap
 from fourdperf.models.token_blocks import (
     ACTIVATIONS,
     BETA_ON,
     LATENT_LAYOUTS,
-    BaseConfig,
     MaskedTokens,
-    PretrainedModel,
     TokenEncoder,
     VectorQuantizer,
     check_images,
@@ -109,9 +108,7 @@ class Config(BaseConfig):
         levels = self.channel_multipliers
         set_field(self, "channel_multipliers", int_tuple("channel_multipliers", levels, *range(1, 11)))
         set_field(self, "attention_sizes", int_tuple("attention_sizes", self.attention_sizes, *range(11)))
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        check_choices(self, CHOICES)
         if self.head_dim is None and self.hidden_size % self.num_heads:
             raise ValueError(f"num_heads: expected a divisor of hidden_size {self.hidden_size}, got {self.num_heads}")
         if any(self.decoder_channels * multiplier % GROUPS for multiplier in self.channel_multipliers):
