@@ -7,21 +7,17 @@ queries at once). `taps` are filled under the same names. `from_pretrained` read
 import math
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-import torch
 from flax import linen as nn
 from jax import Array
-from safetensors.numpy import load_file
 
 from fourdperf.data.queries import Queries
-from fourdperf.jax.models.layers import CrossDecoder, PreNormBlock, attention
+from fourdperf.jax.models.layers import CrossDecoder, PreNormBlock, attention, read_pretrained, tap
 from fourdperf.jax.models.scaling4d import PatchEmbedding
 from fourdperf.jax.ops import fourier_embed, gather_patches, linear_range, octaves, window_attention
-from fourdperf.models.checkpoint import WEIGHTS, CheckpointError, check_keys, read_config, read_shapes
 from fourdperf.models.d4rt import D4RT as TorchD4RT
 from fourdperf.models.d4rt import MODEL, SIZES, Config, Prediction
 
@@ -125,12 +121,12 @@ class Encoder(nn.Module):
 
     def __call__(self, video: Array, ratio: Array, taps: dict[str, Array] | None = None) -> Array:
         tokens = self.tokenizer(video, ratio)
-        _tap(taps, "tokens", tokens)
+        tap(taps, "tokens", tokens)
         for index, layer in enumerate(self.layers):
             tokens = layer(tokens)
-            _tap(taps, f"encoder/{index:02d}", tokens)
+            tap(taps, f"encoder/{index:02d}", tokens)
         features = self.norm(tokens)
-        _tap(taps, "encoder/norm", features)
+        tap(taps, "encoder/norm", features)
         return features
 
 
@@ -245,9 +241,9 @@ class D4RT(nn.Module):
 
     def decode(self, encoded: Encoded, queries: Queries, taps: dict[str, Array] | None = None) -> Prediction:
         tokens = self.query_builder(queries, encoded.patch_video)
-        _tap(taps, "queries", tokens)
+        tap(taps, "queries", tokens)
         outputs = self.head(self.decoder.decode(tokens, encoded.memory, taps=taps))
-        _tap(taps, "outputs", outputs)
+        tap(taps, "outputs", outputs)
         parts = jnp.split(outputs, np.cumsum(SIZES)[:-1], axis=-1)
         return Prediction(*(x.squeeze(-1) if size == 1 else x for x, size in zip(parts, SIZES)))
 
@@ -257,15 +253,8 @@ def from_pretrained(path: str | os.PathLike) -> tuple[D4RT, dict]:
 
     Raises CheckpointError (a ValueError) that names the file, and the keys that are missing, unknown or misshapen.
     """
-    fields, file = read_config(path, MODEL), Path(path) / WEIGHTS
-    try:
-        config = Config.from_dict(fields)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    with torch.device("meta"):
-        wanted = {key: tuple(x.shape) for key, x in TorchD4RT(config).state_dict().items()}
-    check_keys(str(file), wanted, read_shapes(file))
-    return D4RT(config), {"params": flax_params(load_file(file), config)}
+    config, state = read_pretrained(path, MODEL, Config, TorchD4RT)
+    return D4RT(config), {"params": flax_params({key: x.float().numpy() for key, x in state.items()}, config)}
 
 
 def flax_params(state: Mapping[str, np.ndarray], config: Config) -> dict:
@@ -314,8 +303,3 @@ def _flax_tensors(key: str, x: np.ndarray, config: Config) -> list[tuple[list[st
         elif kind == "weight":
             x = x.reshape(heads, -1, x.shape[-1])
     return [([*path, name], x)]
-
-
-def _tap(taps: dict[str, Array] | None, name: str, value: Array) -> None:
-    if taps is not None:
-        taps[name] = value

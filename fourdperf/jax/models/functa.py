@@ -7,7 +7,6 @@ The same classes and functions in the same order, with `taps` under the same nam
 import math
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -16,11 +15,10 @@ import optax
 import torch
 from flax import linen as nn
 from jax import Array
-from safetensors.torch import load_file
 
 from fourdperf.convert.flax_tree import nested, unpacked
 from fourdperf.convert.functa import table
-from fourdperf.models.checkpoint import WEIGHTS, CheckpointError, check_keys, read_config, read_shapes
+from fourdperf.jax.models.layers import read_pretrained, tap
 from fourdperf.models.config import int_tuple
 from fourdperf.models.functa import MODEL, RATES_START, Config
 from fourdperf.models.functa import Functa as TorchFuncta
@@ -143,7 +141,7 @@ class Functa(nn.Module):
         if self.is_initializing():
             self.rates_now()  # which `fit` alone needs
         x = self.features(coords)
-        _tap(taps, "input", x)
+        tap(taps, "input", x)
         read = self._reader(coords)
         maps = self.modulations(latent.reshape(len(latent), *[config.latent_size] * 2, -1))
         if config.mixes_points:
@@ -158,8 +156,8 @@ class Functa(nn.Module):
                 scale, shift = jnp.split(modulation, 2, axis=-1)
                 pre = (1 + scale) * pre + shift
             x = jnp.sin(config.omega_0 * pre)
-            _tap(taps, f"modulation/{index:02d}", map)
-            _tap(taps, f"layer/{index:02d}", x)
+            tap(taps, f"modulation/{index:02d}", map)
+            tap(taps, f"layer/{index:02d}", x)
         return self.kernel_net[-1](x) + 0.5
 
     def _reader(self, coords: Array) -> Callable[[Array], Array]:
@@ -288,22 +286,10 @@ def from_pretrained(path: str | os.PathLike) -> tuple[Functa, dict]:
 
     Raises CheckpointError (a ValueError) that names the file, and the keys that are missing, unknown or misshapen.
     """
-    fields, file = read_config(path, MODEL), Path(path) / WEIGHTS
-    try:
-        config = Config.from_dict(fields)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    with torch.device("meta"):
-        wanted = {key: tuple(x.shape) for key, x in TorchFuncta(config).state_dict().items()}
-    check_keys(str(file), wanted, read_shapes(file))
-    return Functa(config), {"params": flax_params(load_file(file), config)}
+    config, state = read_pretrained(path, MODEL, Config, TorchFuncta)
+    return Functa(config), {"params": flax_params(state, config)}
 
 
 def flax_params(state: Mapping[str, torch.Tensor], config: Config) -> dict:
     """The PyTorch model's tensors, by name, as the tree of this model's parameters, fp32."""
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), nested(unpacked(table(config), state)))
-
-
-def _tap(taps: dict[str, Array] | None, name: str, value: Array) -> None:
-    if taps is not None:
-        taps[name] = value

@@ -7,7 +7,6 @@ for the ResNet. `from_pretrained` reads the same directories, `train_step` is th
 import math
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -16,12 +15,10 @@ import optax
 import torch
 from flax import linen as nn
 from jax import Array
-from safetensors.torch import load_file
 
 from fourdperf.convert.flax_tree import nested, unpacked
 from fourdperf.convert.latent_classifier import table
-from fourdperf.jax.models.layers import SelfAttention
-from fourdperf.models.checkpoint import WEIGHTS, CheckpointError, check_keys, read_config, read_shapes
+from fourdperf.jax.models.layers import SelfAttention, read_pretrained, tap
 from fourdperf.models.latent_classifier import MODEL, Config
 from fourdperf.models.latent_classifier import LatentClassifier as TorchLatentClassifier
 
@@ -39,7 +36,7 @@ class MLP(nn.Module):
             x = nn.Dropout(c.dropout)(
                 nn.silu(nn.Dense(c.hidden_size, name=f"Dense_{index}")(x)), deterministic=not train
             )
-            _tap(taps, f"layers/{index:02d}", x)
+            tap(taps, f"layers/{index:02d}", x)
         return nn.Dense(c.num_classes, name=f"Dense_{c.num_layers}")(x)
 
 
@@ -69,7 +66,7 @@ class Head(nn.Module):
     def __call__(self, x: Array, taps: dict[str, Array] | None = None) -> Array:
         norm, linear = self.layers
         features = norm(x)
-        _tap(taps, "norm", features)
+        tap(taps, "norm", features)
         return linear(features)
 
 
@@ -86,10 +83,10 @@ class Transformer(nn.Module):
         positions = self.param("pos_embedding", init, (1 + c.latent_size**2, c.hidden_size))
         tokens = jnp.concatenate([jnp.broadcast_to(token, (len(tokens), *token.shape)), tokens], axis=1)
         tokens = nn.Dropout(c.dropout)(tokens + positions[: tokens.shape[1]], deterministic=not train)
-        _tap(taps, "tokens", tokens)
+        tap(taps, "tokens", tokens)
         for index in range(c.num_layers):
             tokens = TransformerBlock(c, name=f"transformer_{index}")(tokens, train)
-            _tap(taps, f"blocks/{index:02d}", tokens)
+            tap(taps, f"blocks/{index:02d}", tokens)
         return Head(c.num_classes, name="mlp_head")(tokens[:, 0], taps)
 
 
@@ -123,12 +120,12 @@ class ResNet(nn.Module):
     def __call__(self, latent: Array, taps: dict[str, Array] | None = None, train: bool = False) -> Array:
         c = self.config
         x = _conv(c.hidden_size, "stem")(latent)
-        _tap(taps, "stem", x)
+        tap(taps, "stem", x)
         for index in range(c.num_layers):
             x = ResNetBlock(c, name=f"blocks_{index}")(x, train)
-            _tap(taps, f"blocks/{index:02d}", x)
+            tap(taps, f"blocks/{index:02d}", x)
         features = nn.relu(_group_norm(c.hidden_size, "norm")(x)).mean((1, 2))
-        _tap(taps, "norm", features)
+        tap(taps, "norm", features)
         return nn.Dense(c.num_classes, name="head")(features)
 
 
@@ -146,7 +143,7 @@ class LatentClassifier(nn.Module):
 
     def __call__(self, latent: Array, taps: dict[str, Array] | None = None, train: bool = False) -> Array:
         logits = self.body(latent / self.config.normalizing_factor, taps, train)
-        _tap(taps, "logits", logits)
+        tap(taps, "logits", logits)
         return logits
 
 
@@ -191,22 +188,10 @@ def from_pretrained(path: str | os.PathLike) -> tuple[LatentClassifier, dict]:
 
     Raises CheckpointError (a ValueError) that names the file, and the keys that are missing, unknown or misshapen.
     """
-    fields, file = read_config(path, MODEL), Path(path) / WEIGHTS
-    try:
-        config = Config.from_dict(fields)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    with torch.device("meta"):
-        wanted = {key: tuple(x.shape) for key, x in TorchLatentClassifier(config).state_dict().items()}
-    check_keys(str(file), wanted, read_shapes(file))
-    return LatentClassifier(config), {"params": flax_params(load_file(file), config)}
+    config, state = read_pretrained(path, MODEL, Config, TorchLatentClassifier)
+    return LatentClassifier(config), {"params": flax_params(state, config)}
 
 
 def flax_params(state: Mapping[str, torch.Tensor], config: Config) -> dict:
     """The PyTorch model's tensors, by name, as the tree of this model's parameters, fp32."""
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), nested(unpacked(table(config), state)))
-
-
-def _tap(taps: dict[str, Array] | None, name: str, value: Array) -> None:
-    if taps is not None:
-        taps[name] = value

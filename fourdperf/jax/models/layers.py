@@ -1,13 +1,44 @@
-"""Parts that several transformer models share word for word; parameters are named as Kauldron names them."""
+"""Parts that several models share word for word; parameters of transformers are named as Kauldron names them."""
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import torch
 from flax import linen as nn
 from jax import Array
+from safetensors.torch import load_file
 
 from fourdperf.jax.ops import cross_attention
+from fourdperf.models.checkpoint import WEIGHTS, CheckpointError, check_keys, read_config, read_shapes
+from fourdperf.models.config import BaseConfig
+
+
+def read_pretrained(
+    path: str | os.PathLike, name: str, config_class: type[BaseConfig], build: Callable[[BaseConfig], torch.nn.Module]
+) -> tuple[BaseConfig, dict[str, torch.Tensor]]:
+    """The config and the tensors of a directory written by the PyTorch model's `save_pretrained`.
+
+    name, config_class, build: the model family's, its config's class, and the PyTorch model of a config.
+    Raises CheckpointError (a ValueError) that names the file, and the keys that are missing, unknown or misshapen.
+    """
+    fields, file = read_config(path, name), Path(path) / WEIGHTS
+    try:
+        config = config_class.from_dict(fields)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    with torch.device("meta"):
+        wanted = {key: tuple(x.shape) for key, x in build(config).state_dict().items()}
+    check_keys(str(file), wanted, read_shapes(file))
+    return config, load_file(file)
+
+
+def tap(taps: dict[str, Array] | None, name: str, value: Array) -> None:
+    """Keep an intermediate value under `name`, where a dictionary is given."""
+    if taps is not None:
+        taps[name] = value
 
 
 def attention(query: Array, key: Array, value: Array) -> Array:

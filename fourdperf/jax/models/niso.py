@@ -7,7 +7,6 @@ fourdperf.train.niso_loss after them; parameters are named as the original names
 
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -16,12 +15,11 @@ import optax
 import torch
 from flax import linen as nn
 from jax import Array
-from safetensors.torch import load_file
 
 from fourdperf.convert.flax_tree import nested, unpacked
 from fourdperf.convert.niso import table
+from fourdperf.jax.models.layers import read_pretrained, tap
 from fourdperf.jax.ops import procrustes
-from fourdperf.models.checkpoint import WEIGHTS, CheckpointError, check_keys, read_config, read_shapes
 from fourdperf.models.niso import DAMPING_START, LENGTH_FLOOR, MASS_FLOOR, MODEL, MODELS, NEURON_EPS, NORM_EPS, Config
 from fourdperf.train.niso_loss import NORM_EPS as LOSS_EPS
 from fourdperf.train.niso_loss import TINY
@@ -196,7 +194,7 @@ def _run(net: nn.Module, x: Array, taps: dict[str, Array] | None, names: dict[in
     for index, module in enumerate(net.module_list, start=1):
         x = module(x)
         if index in names:
-            _tap(taps, names[index], x)
+            tap(taps, names[index], x)
     return x
 
 
@@ -273,9 +271,9 @@ class OrthogonalNet(nn.Module):
             first = second = self.num_layers // 2 + 1
         mlp = lambda layers, name: OrthogonalMLP(self.features, layers, self.upstream_modules, name=name)
         x = mlp(first, "orth_mlp_0")(x) + dense(self.features, False, "Dense_0")(x)
-        _tap(taps, "head/in", x)
+        tap(taps, "head/in", x)
         x = mlp(second, "orth_mlp_1")(x)
-        _tap(taps, "head/out", x)
+        tap(taps, "head/out", x)
         return OrthogonalOut(self.out_features, self.gram_features, name="orth_out_0")(x)
 
 
@@ -313,7 +311,7 @@ class SkipMLP(nn.Module):
         half = self.num_layers // 2
         first = MLP(self.features, self.num_layers - half, self.features, self.first_activation, name="MLP_0")
         x = first(x) + dense(self.features, name="Dense_0")(x)
-        _tap(taps, "head/in", x)
+        tap(taps, "head/in", x)
         return MLP(self.features, half, self.out_features, name="MLP_1")(x)
 
 
@@ -401,10 +399,10 @@ class Autoencoder(Model):
         tau = operator.align(of_a, of_b, basis)
         taken = jnp.concatenate([tau.mT @ of_b, tau @ of_a])
         recon_a, recon_b = jnp.split(self.decode(operator.unproject(taken, basis), taps), 2)
-        _tap(taps, "functions", basis.functions)
-        _tap(taps, "eigenvalues", basis.eigenvalues)
-        _tap(taps, "coefficients", jnp.concatenate([of_a, of_b]))
-        _tap(taps, "tau", tau)
+        tap(taps, "functions", basis.functions)
+        tap(taps, "eigenvalues", basis.eigenvalues)
+        tap(taps, "coefficients", jnp.concatenate([of_a, of_b]))
+        tap(taps, "tau", tau)
         return Related(basis, of_a, of_b, tau, recon_a, recon_b)
 
 
@@ -422,7 +420,7 @@ class Classifier(Model):
         if not self.config.train_basis:
             basis = jax.lax.stop_gradient(basis)
         coefficients = self.kernel.project(jax.lax.stop_gradient(self.encode(x, taps)), basis)
-        _tap(taps, "coefficients", coefficients)
+        tap(taps, "coefficients", coefficients)
         return self.model(coefficients, taps)
 
 
@@ -441,9 +439,9 @@ class PosePredictor(Model):
         coefficients = self.kernel.project(fields, basis)
         coefficients = coefficients.reshape(batch, frames, *coefficients.shape[1:])
         tau = jax.lax.stop_gradient(self.kernel.align(coefficients[:, :-1], coefficients[:, 1:], basis))
-        _tap(taps, "tau", tau)
+        tap(taps, "tau", tau)
         pose = self.model(tau.reshape(batch, frames - 1, -1), taps)
-        _tap(taps, "pose", pose)
+        tap(taps, "pose", pose)
         return lift_se3(pose)
 
 
@@ -541,22 +539,10 @@ def from_pretrained(path: str | os.PathLike) -> tuple[Model, dict]:
 
     Raises CheckpointError (a ValueError) that names the file, and the keys that are missing, unknown or misshapen.
     """
-    fields, file = read_config(path, MODEL), Path(path) / WEIGHTS
-    try:
-        config = Config.from_dict(fields)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    with torch.device("meta"):
-        wanted = {key: tuple(x.shape) for key, x in MODELS[config.kind](config).state_dict().items()}
-    check_keys(str(file), wanted, read_shapes(file))
-    return FLAX_MODELS[config.kind](config), {"params": flax_params(load_file(file), config)}
+    config, state = read_pretrained(path, MODEL, Config, lambda config: MODELS[config.kind](config))
+    return FLAX_MODELS[config.kind](config), {"params": flax_params(state, config)}
 
 
 def flax_params(state: Mapping[str, torch.Tensor], config: Config) -> dict:
     """A copy of the PyTorch model's tensors, by name, as the tree of this model's parameters, fp32."""
     return jax.tree.map(lambda x: jnp.array(x, jnp.float32), nested(unpacked(table(config), state)))
-
-
-def _tap(taps: dict[str, Array] | None, name: str, value: Array) -> None:
-    if taps is not None:
-        taps[name] = value

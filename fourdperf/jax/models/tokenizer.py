@@ -7,7 +7,6 @@ jnp, channels last. `Tokenizer.from_pretrained` and the like read the same direc
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -15,12 +14,10 @@ import numpy as np
 import torch
 from flax import linen as nn
 from jax import Array
-from safetensors.torch import load_file
 
 from fourdperf.convert.flax_tree import nested
-from fourdperf.jax.models.layers import attention
+from fourdperf.jax.models.layers import attention, read_pretrained, tap
 from fourdperf.models import maskgit_vqgan, titok, token_generator, tokenizer
-from fourdperf.models.checkpoint import WEIGHTS, CheckpointError, check_keys, read_config, read_shapes
 from fourdperf.models.convolutions import GROUP_NORM_EPS, GROUPS
 from fourdperf.models.titok import LOG_VARIANCE_RANGE
 from fourdperf.models.token_generator import BERT_EPS
@@ -133,16 +130,16 @@ class TokenEncoder(nn.Module):
         tokens = tokens.at[:, 1 - self.class_position :].add(self.positions)
         if self.pre:
             tokens = self.norm_pre(tokens)
-        _tap(taps, "encoder/embed", tokens)
+        tap(taps, "encoder/embed", tokens)
         for index, block in enumerate(self.blocks):
             tokens = block(tokens)
-            _tap(taps, f"encoder/{index:02d}", tokens)
+            tap(taps, f"encoder/{index:02d}", tokens)
         latents = self.norm(tokens[:, -self.num_latents :])
-        _tap(taps, "encoder/norm", latents)
+        tap(taps, "encoder/norm", latents)
         if self.latent_layout == "upstream":
             latents = latents.reshape(batch, -1, self.num_latents).swapaxes(1, 2)
         latents = self.out(latents)
-        _tap(taps, "encoder/latents", latents)
+        tap(taps, "encoder/latents", latents)
         return latents
 
 
@@ -271,15 +268,8 @@ class Pretrained:
 
         Raises CheckpointError (a ValueError) that names the file, and the keys that are missing, unknown or misshapen.
         """
-        fields, file = read_config(path, cls.TORCH.MODEL), Path(path) / WEIGHTS
-        try:
-            config = cls.TORCH.CONFIG.from_dict(fields)
-        except ValueError as error:
-            raise CheckpointError(f"{path}: {error}") from error
-        with torch.device("meta"):
-            wanted = {key: tuple(x.shape) for key, x in cls.TORCH(config).state_dict().items()}
-        check_keys(str(file), wanted, read_shapes(file))
-        return cls(config), {"params": flax_params(load_file(file))}
+        config, state = read_pretrained(path, cls.TORCH.MODEL, cls.TORCH.CONFIG, cls.TORCH)
+        return cls(config), {"params": flax_params(state)}
 
 
 class Level(nn.Module):
@@ -328,16 +318,16 @@ class Decoder(nn.Module):
 
     def __call__(self, latents: Array, taps: dict[str, Array] | None = None) -> Array:
         tokens = self.tokens(latents)
-        _tap(taps, "decoder/embed", tokens)
+        tap(taps, "decoder/embed", tokens)
         x = self.stem(tokens[:, :, None])
-        _tap(taps, "decoder/stem", _channels_first(x))
+        tap(taps, "decoder/stem", _channels_first(x))
         for part in self.mid:
             x = part(x)
-        _tap(taps, "decoder/mid", _channels_first(x))
+        tap(taps, "decoder/mid", _channels_first(x))
         x = x[:, 1 : 1 + self.grid[0] * self.grid[1]].reshape(len(x), *self.grid, -1)
         for index, level in enumerate(self.levels):
             x = level(x)
-            _tap(taps, f"decoder/{index:02d}", _channels_first(x))
+            tap(taps, f"decoder/{index:02d}", _channels_first(x))
         return self.out(nn.silu(self.norm(x)))
 
 
@@ -359,7 +349,7 @@ class Tokenizer(nn.Module, Pretrained):
 
     def encode(self, images: Array, taps: dict[str, Array] | None = None) -> Encoded:
         z = unit(self.encoder(2 * images - 1, taps))
-        _tap(taps, "latents", z)
+        tap(taps, "latents", z)
         return Encoded(*self.quantizer(z))
 
     def decode(self, latents: Array, taps: dict[str, Array] | None = None) -> Array:
@@ -397,7 +387,7 @@ class PixelEncoder(nn.Module):
             x = x if index == 0 else nn.avg_pool(x, (2, 2), (2, 2))
             for block in blocks:
                 x = block(x)
-            _tap(taps, f"pixel_encoder/{index:02d}", _channels_first(x))
+            tap(taps, f"pixel_encoder/{index:02d}", _channels_first(x))
         for block in self.mid:
             x = block(x)
         return self.out(nn.silu(self.norm(x)))
@@ -419,13 +409,13 @@ class PixelDecoder(nn.Module):
         x = self.stem(latents)
         for block in self.mid:
             x = block(x)
-        _tap(taps, "pixel_decoder/mid", _channels_first(x))
+        tap(taps, "pixel_decoder/mid", _channels_first(x))
         for index, blocks in enumerate(self.levels):
             for block in blocks:
                 x = block(x)
             if index < len(self.upsamples):
                 x = self.upsamples[index](upsample(x))
-            _tap(taps, f"pixel_decoder/{index:02d}", _channels_first(x))
+            tap(taps, f"pixel_decoder/{index:02d}", _channels_first(x))
         return self.out(nn.silu(self.norm(x)))
 
 
@@ -442,7 +432,7 @@ class MaskGITVQGAN(nn.Module, Pretrained):
 
     def encode(self, images: Array, taps: dict[str, Array] | None = None) -> Encoded:
         z = self.encoder(images, taps)
-        _tap(taps, "latents", z)
+        tap(taps, "latents", z)
         return Encoded(*self.quantizer(z))
 
     def decode(self, latents: Array, taps: dict[str, Array] | None = None) -> Array:
@@ -474,19 +464,19 @@ class TiTokDecoder(nn.Module):
     def __call__(self, latents: Array, taps: dict[str, Array] | None = None) -> Array:
         c = self.config
         tokens = self.norm_pre(self.tokens(latents))
-        _tap(taps, "decoder/embed", tokens)
+        tap(taps, "decoder/embed", tokens)
         for index, block in enumerate(self.blocks):
             tokens = block(tokens)
-            _tap(taps, f"decoder/{index:02d}", tokens)
+            tap(taps, f"decoder/{index:02d}", tokens)
         tokens = self.norm(tokens[:, 1 : 1 + c.grid[0] * c.grid[1]])
-        _tap(taps, "decoder/norm", tokens)
+        tap(taps, "decoder/norm", tokens)
         tokens = self.dense(tokens).reshape(len(latents), *c.grid, -1)
         if c.target == "codes":
             out = self.out(jnp.tanh(tokens))
         else:
             patches = tokens.reshape(len(latents), *c.grid, c.patch_size, c.patch_size, 3)
             out = self.out(patches.transpose(0, 1, 3, 2, 4, 5).reshape(len(latents), *c.image_size, 3))
-        _tap(taps, "decoder/out", out)
+        tap(taps, "decoder/out", out)
         return out
 
 
@@ -563,18 +553,18 @@ class TokenGenerator(nn.Module, Pretrained):
         x = self.tokens[jnp.concatenate([condition[:, None], indices], axis=1)] + self.positions
         if c.kind == "bert":
             x = self.norm(x + self.segments[0])
-        _tap(taps, "embed", x)
+        tap(taps, "embed", x)
         early = []
         for index, block in enumerate(self.blocks):
             x = block(x)
             early.append(x)
-            _tap(taps, f"block/{index:02d}", x)
+            tap(taps, f"block/{index:02d}", x)
         for index, (block, skip) in enumerate(zip(self.skip_blocks, early[-2::-1]), start=len(self.blocks)):
             x = block(x, skip)
-            _tap(taps, f"block/{index:02d}", x)
+            tap(taps, f"block/{index:02d}", x)
         if c.kind == "uvit":
             x = self.norm(x)
-            _tap(taps, "norm", x)
+            tap(taps, "norm", x)
         return self.head(x[:, 1:])
 
 
@@ -608,8 +598,3 @@ def flax_array(key: str, x: torch.Tensor) -> Array:
 def _channels_first(x: Array) -> Array:
     """`(B, H, W, C)` -> `(B, C, H, W)`, as the PyTorch models have it between convolutions."""
     return x.transpose(0, 3, 1, 2)
-
-
-def _tap(taps: dict[str, Array] | None, name: str, value: Array) -> None:
-    if taps is not None:
-        taps[name] = value
