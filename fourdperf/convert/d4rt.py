@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fourdperf.convert.state import read_state, without_prefix
+from fourdperf.convert.table import shape_of
 from fourdperf.data.files import write_bytes
 from fourdperf.models.checkpoint import CheckpointError, check_keys, load_weights, read_config
 from fourdperf.models.d4rt import D4RT, MODEL, Config
@@ -61,7 +62,7 @@ def encoder_table(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> list
     embed = "encoder.tokenizer"
     rules = [
         Rule(f"{embed}.aspect.token", "encoder.aspect_ratio_token", (1, 1, width), lambda x: x[0, 0]),
-        Rule(f"{embed}.temporal", TEMPORAL, _shape(shapes, TEMPORAL, 3), lambda x: x[0, :frames]),
+        Rule(f"{embed}.temporal", TEMPORAL, shape_of(shapes, TEMPORAL, 3), lambda x: x[0, :frames]),
         Rule(f"{embed}.spatial", SPATIAL, (1, math.prod(space), width), lambda x: x[0].unflatten(0, space)),
         Rule(
             f"{embed}.patch_embedding.projection.weight",
@@ -105,7 +106,7 @@ def block_table(config: Config, ours: str, theirs: str, shapes: Mapping[str, tup
 def query_table(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> list[Rule]:
     fourier, time, rgb = config.query_parts
     ours, theirs, size = "query_builder", "query_builder", config.rgb_size
-    frames = _shape(shapes, SOURCES, 2)[0]
+    frames = shape_of(shapes, SOURCES, 2)[0]
     times = [
         Rule(f"{ours}.{name}.weight", f"{theirs}.{name}_embed.weight", (frames, time), lambda x: x[: config.num_frames])
         for name in TIMES
@@ -175,20 +176,20 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]], overrides: Mapping | Non
     frames (a square), nor the window of local attention (7): `overrides`, fields of Config, replace these. The longest
     clip is what both the port's tables, 50 temporal patches and one embedding per frame, allow.
     """
-    width, _, *patch = _shape(shapes, "encoder.patch_embed.proj.weight", 5)
-    side = math.isqrt(_shape(shapes, SPATIAL, 3)[1])
-    frames, time = _shape(shapes, SOURCES, 2)
-    fourier, bands = _shape(shapes, FOURIER, 2)
-    rgb, _, size, _ = _shape(shapes, "query_builder.patch_embed.conv.2.weight", 4)
-    decoder, ffn = _shape(shapes, "decoder.layers.0.ffn.3.weight", 2)
+    width, _, *patch = shape_of(shapes, "encoder.patch_embed.proj.weight", 5)
+    side = math.isqrt(shape_of(shapes, SPATIAL, 3)[1])
+    frames, time = shape_of(shapes, SOURCES, 2)
+    fourier, bands = shape_of(shapes, FOURIER, 2)
+    rgb, _, size, _ = shape_of(shapes, "query_builder.patch_embed.conv.2.weight", 4)
+    decoder, ffn = shape_of(shapes, "decoder.layers.0.ffn.3.weight", 2)
     local = "encoder.blocks.0.attn.qkv.weight" in shapes
     overrides = dict(overrides or {})
     fields = {
         "hidden_size": width,
         "num_layers": _count(shapes, "encoder.blocks"),
         "num_heads": _heads("num_heads", width, overrides),
-        "mlp_size": _shape(shapes, "encoder.blocks.0.mlp.0.weight", 2)[0],
-        "num_frames": min(frames, _shape(shapes, TEMPORAL, 3)[1] * patch[0]),
+        "mlp_size": shape_of(shapes, "encoder.blocks.0.mlp.0.weight", 2)[0],
+        "num_frames": min(frames, shape_of(shapes, TEMPORAL, 3)[1] * patch[0]),
         "image_size": (side * patch[1], side * patch[2]),
         "patch_size": patch,
         "local_attention": "window" if local else "none",
@@ -213,14 +214,6 @@ def _heads(name: str, width: int, overrides: Mapping) -> int | None:
 def _count(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> int:
     matches = (re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in shapes)
     return 1 + max((int(match[1]) for match in matches if match), default=-1)
-
-
-def _shape(shapes: Mapping[str, tuple[int, ...]], name: str, axes: int) -> tuple[int, ...]:
-    if name not in shapes:
-        raise CheckpointError(f"missing {name}")
-    if len(shapes[name]) != axes:
-        raise CheckpointError(f"{name}: expected {axes} axes, got shape {shapes[name]}")
-    return shapes[name]
 
 
 def load_state(state: Mapping[str, Tensor], overrides: Mapping | None = None, where: str = "state") -> D4RT:

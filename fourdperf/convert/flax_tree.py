@@ -4,9 +4,10 @@ A tree is read as arrays by path, "kernel_net_0/linear/kernel". Reading msgpack 
 """
 
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +15,8 @@ import torch
 from fourdperf.convert.npz import open_npz, write_npz
 from fourdperf.convert.table import Row
 from fourdperf.data.files import write_bytes
-from fourdperf.models.checkpoint import CheckpointError
+from fourdperf.models.checkpoint import CheckpointError, PretrainedModel, check_keys, load_weights, read_config
+from fourdperf.models.config import BaseConfig
 
 SUFFIXES = (".msgpack", ".npz", ".orbax")
 # Where a training state, or what wraps it, keeps the parameters. A model may have a part of one of these names.
@@ -59,9 +61,8 @@ def write_parameters(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) 
 
     Raises ValueError for another suffix, OSError where the disk refuses.
     """
+    _check_suffix(path)
     path = Path(path)
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"{path}: expected a name that ends in {', '.join(SUFFIXES)}")
     if path.suffix == ".npz":
         write_npz(path, ((f"params/{name}", x) for name, x in arrays.items()))
         return
@@ -77,6 +78,74 @@ def write_parameters(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) 
         raise FileExistsError(f"{path}: expected no such folder yet")
     with ocp.PyTreeCheckpointer() as checkpointer:
         checkpointer.save(path.absolute(), tree)
+
+
+class TreeFormat(NamedTuple):
+    """How a family of Flax models is stored, in the names of another project.
+
+    MODEL, config: the family's name, and its config's class. model: ours of a config. table: its rows. infer_config: the
+    config of a tree, from names and shapes of arrays and from fields that are given. warning: what of a model of ours
+    the other project would not do, in words, or nothing.
+    """
+
+    MODEL: str
+    config: type[BaseConfig]
+    model: Callable[[BaseConfig], PretrainedModel]
+    table: Callable[[BaseConfig], list[Row]]
+    infer_config: Callable[[Mapping[str, tuple[int, ...]], Mapping | None], BaseConfig]
+    warning: Callable[[PretrainedModel], str] = lambda model: ""
+
+    def load_tree(
+        self, arrays: Mapping[str, np.ndarray], overrides: Mapping | None = None, where: str = "tree"
+    ) -> PretrainedModel:
+        """A model of ours, in eval mode, from arrays by path; errors as in `load`, with `where` as the file."""
+        shapes = {name: tuple(x.shape) for name, x in arrays.items()}
+        try:
+            config = self.infer_config(shapes, overrides)
+        except ValueError as error:
+            raise CheckpointError(f"{where}: {error}") from error
+        rows = self.table(config)
+        check_keys(where, {name: shape for row in rows for name, shape in row.sources}, shapes)
+        with torch.device("meta"):
+            model = self.model(config)
+        model.load_state_dict(packed(rows, arrays), assign=True)
+        return model.eval()
+
+    def load(self, path: str | os.PathLike, overrides: Mapping | None = None) -> PretrainedModel:
+        """A model from a file or folder of this module, in eval mode; `overrides` as in `infer_config`.
+
+        Raises CheckpointError (a ValueError) that names the file and every key that is missing, unknown or misshapen.
+        """
+        return self.load_tree(read_parameters(path), overrides, str(path))
+
+    def convert(
+        self, path: str | os.PathLike, out_dir: str | os.PathLike, *, overrides: Mapping | None = None
+    ) -> BaseConfig:
+        """Convert to a directory for `from_pretrained`; returns the config; errors as in `load`."""
+        model = self.load(path, overrides)
+        model.save_pretrained(out_dir)
+        return model.config
+
+    def export(self, directory: str | os.PathLike, path: str | os.PathLike) -> None:
+        """The inverse of `convert`, bit for bit: `{"params": tree}` in the form that the suffix of `path` says.
+
+        Warns where the other project would compute something else with these arrays; the mirrors in fourdperf.jax do
+        not. Raises CheckpointError as `from_pretrained` does; ValueError for another suffix; OSError where the disk
+        refuses.
+        """
+        _check_suffix(path)
+        config = self.config.from_dict(read_config(directory, self.MODEL))
+        with torch.device("meta"):
+            model = self.model(config)
+        load_weights(model, directory)
+        if warning := self.warning(model):
+            warnings.warn(f"{directory}: {warning}", stacklevel=2)
+        write_parameters(path, unpacked(self.table(config), model.state_dict()))
+
+
+def _check_suffix(path: str | os.PathLike) -> None:
+    if Path(path).suffix not in SUFFIXES:
+        raise ValueError(f"{path}: expected a name that ends in {', '.join(SUFFIXES)}")
 
 
 def flat(tree: Mapping, prefix: str = "") -> dict[str, Any]:

@@ -4,18 +4,12 @@ The result computes what the port computes: `Config.upstream` names every choice
 of fourdperf.jax.models.functa has the same names; for one with our choices give these as overrides.
 """
 
-import os
 import re
-import warnings
 from collections.abc import Mapping
-from pathlib import Path
 
-import numpy as np
-import torch
-
-from fourdperf.convert.flax_tree import SUFFIXES, packed, read_parameters, unpacked, write_parameters
-from fourdperf.convert.table import Row
-from fourdperf.models.checkpoint import CheckpointError, check_keys, load_weights, read_config
+from fourdperf.convert.flax_tree import SUFFIXES, TreeFormat
+from fourdperf.convert.table import Row, shape_of
+from fourdperf.models.checkpoint import CheckpointError
 from fourdperf.models.functa import MODEL, Config, Functa
 
 __all__ = ["MODEL", "SUFFIXES", "convert", "export", "infer_config", "load", "load_tree", "table"]
@@ -57,19 +51,19 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]], overrides: Mapping | Non
     overrides = dict(overrides or {})
     indices = [int(match[1]) for match in (re.match(r"kernel_net_(\d+)/", name) for name in shapes) if match]
     sines = max(indices, default=0)
-    inputs, width = _shape(shapes, "kernel_net_0/linear/kernel", 2)
-    _, _, channels, modulations = _shape(shapes, MODULATION, 4)
+    inputs, width = shape_of(shapes, "kernel_net_0/linear/kernel", 2)
+    _, _, channels, modulations = shape_of(shapes, MODULATION, 4)
     fields = {
         "hidden_size": width,
         "num_layers": sines + 1,
-        "channels": _shape(shapes, f"kernel_net_{sines}/kernel", 2)[1],
+        "channels": shape_of(shapes, f"kernel_net_{sines}/kernel", 2)[1],
         "latent_channels": channels,
         "interpolation": "linear" if inputs > 3 else "nearest",
         "modulate": "both" if modulations == 2 * sines * width else "shift",
     }
     side = 1
     if RATES in shapes:
-        side, *_, last = _shape(shapes, RATES, 2, 3, 4)
+        side, *_, last = shape_of(shapes, RATES, 2, 3, 4)
         each_pixel, each_channel = side > 1, last > 1
         names = {(False, False): "one", (True, False): "pixel", (False, True): "channel", (True, True): "full"}
         fields["rates"] = names[each_pixel, each_channel]
@@ -83,63 +77,7 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]], overrides: Mapping | Non
     return Config.upstream(**{**fields, **overrides})
 
 
-def _shape(shapes: Mapping[str, tuple[int, ...]], name: str, *lengths: int) -> tuple[int, ...]:
-    if name not in shapes:
-        raise CheckpointError(f"missing {name}")
-    if len(shapes[name]) not in lengths:
-        raise CheckpointError(f"{name}: expected {' or '.join(map(str, lengths))} axes, got shape {shapes[name]}")
-    return shapes[name]
-
-
-def load_tree(arrays: Mapping[str, np.ndarray], overrides: Mapping | None = None, where: str = "tree") -> Functa:
-    """A functa of ours, in eval mode, from the port's arrays by path; errors as in `load`, with `where` as the file."""
-    shapes = {name: tuple(x.shape) for name, x in arrays.items()}
-    try:
-        config = infer_config(shapes, overrides)
-    except ValueError as error:
-        raise CheckpointError(f"{where}: {error}") from error
-    rows = table(config)
-    check_keys(where, {name: shape for row in rows for name, shape in row.sources}, shapes)
-    with torch.device("meta"):
-        model = Functa(config)
-    model.load_state_dict(packed(rows, arrays), assign=True)
-    return model.eval()
-
-
-def load(path: str | os.PathLike, overrides: Mapping | None = None) -> Functa:
-    """A functa from a file or folder of `flax_tree`, in eval mode; `overrides` as in `infer_config`.
-
-    Raises CheckpointError (a ValueError) that names the file and every key that is missing, unknown or misshapen.
-    """
-    return load_tree(read_parameters(path), overrides, str(path))
-
-
-def convert(path: str | os.PathLike, out_dir: str | os.PathLike, *, overrides: Mapping | None = None) -> Config:
-    """Convert to a directory for `Functa.from_pretrained`; returns the config; errors as in `load`."""
-    model = load(path, overrides)
-    model.save_pretrained(out_dir)
-    return model.config
-
-
-def export(directory: str | os.PathLike, path: str | os.PathLike) -> None:
-    """The inverse of `convert`, bit for bit: `{"params": tree}` in the form that the suffix of `path` says.
-
-    Warns where the port computes something else with these arrays than we do; fourdperf.jax.models.functa does not.
-    Raises CheckpointError as `Functa.from_pretrained` does; ValueError for another suffix; OSError where the disk
-    refuses.
-    """
-    if Path(path).suffix not in SUFFIXES:
-        raise ValueError(f"{path}: expected a name that ends in {', '.join(SUFFIXES)}")
-    config = Config.from_dict(read_config(directory, MODEL))
-    with torch.device("meta"):
-        model = Functa(config)
-    load_weights(model, directory)
-    if differences := _differences(model):
-        warnings.warn(f"{directory}: the port computes otherwise than we do: {'; '.join(differences)}", stacklevel=2)
-    write_parameters(path, unpacked(table(config), model.state_dict()))
-
-
-def _differences(model: Functa) -> list[str]:
+def _warning(model: Functa) -> str:
     """What of a functa the port would not do."""
     config, found = model.config, []
     if config.spatial and not config.mixes_points:
@@ -150,4 +88,8 @@ def _differences(model: Functa) -> list[str]:
         low, high = config.rate_range
         if bool(((model.rates < low) | (model.rates > high)).any()):
             found.append(f"learned rates are clipped to {config.rate_range}, there not")
-    return found
+    return f"the port computes otherwise than we do: {'; '.join(found)}" if found else ""
+
+
+FORMAT = TreeFormat(MODEL, Config, Functa, table, infer_config, _warning)
+load_tree, load, convert, export = FORMAT.load_tree, FORMAT.load, FORMAT.convert, FORMAT.export

@@ -6,31 +6,16 @@ fourdperf.jax.models.latent_classifier, which names the other two as the seed do
 """
 
 import math
-import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 
-import numpy as np
-import torch
-
-from fourdperf.convert.flax_tree import SUFFIXES, packed, read_parameters, unpacked, write_parameters
-from fourdperf.convert.table import Row
-from fourdperf.models.checkpoint import CheckpointError, check_keys, load_weights, read_config
+from fourdperf.convert.flax_tree import SUFFIXES, TreeFormat
+from fourdperf.convert.table import ConvRow, Row, shape_of
+from fourdperf.models.checkpoint import CheckpointError
 from fourdperf.models.config import check_int
 from fourdperf.models.latent_classifier import MODEL, Config, LatentClassifier
 
 __all__ = ["MODEL", "SUFFIXES", "convert", "export", "infer_config", "load", "load_tree", "table"]
-
-
-class ConvRow(Row):
-    """A convolution: (height, width, in, out) there, (out, in, height, width) here."""
-
-    def pack(self, arrays: list[np.ndarray]) -> np.ndarray:
-        return arrays[0].transpose(3, 2, 0, 1)
-
-    def unpack(self, array: np.ndarray) -> list[np.ndarray]:
-        return [array.transpose(2, 3, 1, 0)]
 
 
 def table(config: Config) -> list[Row]:
@@ -123,8 +108,8 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]], overrides: Mapping | Non
     """
     overrides = dict(overrides or {})
     if "cls_token" in shapes:
-        channels, width = _shape(shapes, "input_layer/kernel", 2)
-        tokens = _shape(shapes, "pos_embedding", 2)[0] - 1
+        channels, width = shape_of(shapes, "input_layer/kernel", 2)
+        tokens = shape_of(shapes, "pos_embedding", 2)[0] - 1
         size = math.isqrt(max(tokens, 0))
         if size**2 != tokens or not tokens:
             raise CheckpointError(f"pos_embedding: expected 1 + s s positions, got {1 + tokens}")
@@ -132,30 +117,30 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]], overrides: Mapping | Non
             "kind": "transformer",
             "latent_size": size,
             "latent_channels": channels,
-            "num_classes": _shape(shapes, "mlp_head/layers_1/kernel", 2)[1],
+            "num_classes": shape_of(shapes, "mlp_head/layers_1/kernel", 2)[1],
             "hidden_size": width,
             "num_layers": _count(shapes, "transformer_"),
-            "num_heads": _shape(shapes, "transformer_0/attn/query/kernel", 3)[1],
-            "mlp_size": _shape(shapes, "transformer_0/linear_0/kernel", 2)[1],
+            "num_heads": shape_of(shapes, "transformer_0/attn/query/kernel", 3)[1],
+            "mlp_size": shape_of(shapes, "transformer_0/linear_0/kernel", 2)[1],
         }
     elif "stem/kernel" in shapes:
-        *_, channels, width = _shape(shapes, "stem/kernel", 4)
+        *_, channels, width = shape_of(shapes, "stem/kernel", 4)
         fields = {
             "kind": "resnet",
             "latent_channels": channels,
-            "num_classes": _shape(shapes, "head/kernel", 2)[1],
+            "num_classes": shape_of(shapes, "head/kernel", 2)[1],
             "hidden_size": width,
             "num_layers": _count(shapes, "blocks_"),
         }
     elif "Dense_0/kernel" in shapes:
         layers, size = _count(shapes, "Dense_") - 1, overrides.get("latent_size", 1)
         check_int("latent_size", size)
-        inputs, width = _shape(shapes, "Dense_0/kernel", 2)
+        inputs, width = shape_of(shapes, "Dense_0/kernel", 2)
         fields = {
             "kind": "mlp",
             "latent_size": size,
             "latent_channels": inputs // size**2,
-            "num_classes": _shape(shapes, f"Dense_{layers}/kernel", 2)[1],
+            "num_classes": shape_of(shapes, f"Dense_{layers}/kernel", 2)[1],
             "hidden_size": width,
             "num_layers": layers,
         }
@@ -171,56 +156,5 @@ def _count(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> int:
     return 1 + max((int(match[1]) for match in matches if match), default=-1)
 
 
-def _shape(shapes: Mapping[str, tuple[int, ...]], name: str, axes: int) -> tuple[int, ...]:
-    if name not in shapes:
-        raise CheckpointError(f"missing {name}")
-    if len(shapes[name]) != axes:
-        raise CheckpointError(f"{name}: expected {axes} axes, got shape {shapes[name]}")
-    return shapes[name]
-
-
-def load_tree(
-    arrays: Mapping[str, np.ndarray], overrides: Mapping | None = None, where: str = "tree"
-) -> LatentClassifier:
-    """A classifier of ours, in eval mode, from Flax's arrays by path; errors as in `load`, with `where` as the file."""
-    shapes = {name: tuple(x.shape) for name, x in arrays.items()}
-    try:
-        config = infer_config(shapes, overrides)
-    except ValueError as error:
-        raise CheckpointError(f"{where}: {error}") from error
-    rows = table(config)
-    check_keys(where, {name: shape for row in rows for name, shape in row.sources}, shapes)
-    with torch.device("meta"):
-        model = LatentClassifier(config)
-    model.load_state_dict(packed(rows, arrays), assign=True)
-    return model.eval()
-
-
-def load(path: str | os.PathLike, overrides: Mapping | None = None) -> LatentClassifier:
-    """A classifier from a file or folder of `flax_tree`, in eval mode; `overrides` as in `infer_config`.
-
-    Raises CheckpointError (a ValueError) that names the file and every key that is missing, unknown or misshapen.
-    """
-    return load_tree(read_parameters(path), overrides, str(path))
-
-
-def convert(path: str | os.PathLike, out_dir: str | os.PathLike, *, overrides: Mapping | None = None) -> Config:
-    """Convert to a directory for `LatentClassifier.from_pretrained`; returns the config; errors as in `load`."""
-    model = load(path, overrides)
-    model.save_pretrained(out_dir)
-    return model.config
-
-
-def export(directory: str | os.PathLike, path: str | os.PathLike) -> None:
-    """The inverse of `convert`, bit for bit: `{"params": tree}` in the form that the suffix of `path` says.
-
-    Raises CheckpointError as `LatentClassifier.from_pretrained` does; ValueError for another suffix; OSError where the
-    disk refuses.
-    """
-    if Path(path).suffix not in SUFFIXES:
-        raise ValueError(f"{path}: expected a name that ends in {', '.join(SUFFIXES)}")
-    config = Config.from_dict(read_config(directory, MODEL))
-    with torch.device("meta"):
-        model = LatentClassifier(config)
-    load_weights(model, directory)
-    write_parameters(path, unpacked(table(config), model.state_dict()))
+FORMAT = TreeFormat(MODEL, Config, LatentClassifier, table, infer_config)
+load_tree, load, convert, export = FORMAT.load_tree, FORMAT.load, FORMAT.convert, FORMAT.export

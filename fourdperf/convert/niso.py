@@ -4,19 +4,12 @@ The result computes what the original computes: `Config.upstream` names every ch
 fourdperf.jax.models.niso has the same names; for one with our choices give these as overrides.
 """
 
-import os
 import re
-import warnings
 from collections.abc import Mapping
-from pathlib import Path
 
-import numpy as np
-import torch
-
-from fourdperf.convert.flax_tree import SUFFIXES, packed, read_parameters, unpacked, write_parameters
-from fourdperf.convert.latent_classifier import ConvRow
-from fourdperf.convert.table import Row
-from fourdperf.models.checkpoint import CheckpointError, check_keys, load_weights, read_config
+from fourdperf.convert.flax_tree import SUFFIXES, TreeFormat
+from fourdperf.convert.table import ConvRow, Row, shape_of
+from fourdperf.models.checkpoint import CheckpointError
 from fourdperf.models.niso import MODEL, MODELS, Config, Model
 
 __all__ = ["MODEL", "SUFFIXES", "convert", "export", "infer_config", "load", "load_tree", "table"]
@@ -156,29 +149,29 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]], overrides: Mapping | Non
     and false elsewhere, as in the original's experiments. head_layers of the original's classifiers is even.
     """
     overrides = dict(overrides or {})
-    fields = {"op_dim": _shape(shapes, "kernel/Lambda", 1)[0]}
+    fields = {"op_dim": shape_of(shapes, "kernel/Lambda", 1)[0]}
     has = lambda prefix: any(name.startswith(prefix) for name in shapes)
     fields["clustered"] = not has("encoder/")
     if has("encoder/"):
         last = _places(shapes, "encoder/")[-1]
-        fields["channels"], fields["stem_channels"] = _shape(shapes, "encoder/module_list_0/kernel", 2)
+        fields["channels"], fields["stem_channels"] = shape_of(shapes, "encoder/module_list_0/kernel", 2)
         fields["encoder_channels"], fields["encoder_depth"] = _infer_levels(shapes, "encoder/")
-        fields["latent_channels"] = _shape(shapes, f"encoder/module_list_{last}/kernel", 2)[1]
-        fields["kernel_size"] = _shape(shapes, "encoder/module_list_2/Conv_0/kernel", 4)[0]
+        fields["latent_channels"] = shape_of(shapes, f"encoder/module_list_{last}/kernel", 2)[1]
+        fields["kernel_size"] = shape_of(shapes, "encoder/module_list_2/Conv_0/kernel", 4)[0]
         fields["biases"] = "encoder/module_list_2/Conv_0/bias" in shapes
     if has("decoder/"):
         fields["decoder_channels"], fields["decoder_depth"] = _infer_levels(shapes, "decoder/")
     if has("model/orth_"):
         fields["kind"] = "classifier"
-        fields["head_features"] = _shape(shapes, "model/Dense_0/kernel", 2)[1]
-        fields["gram_features"] = _shape(shapes, "model/orth_out_0/orth_neuron_0/Dense_0/kernel", 2)[1]
-        fields["num_classes"] = _shape(shapes, "model/orth_out_0/Dense_1/kernel", 2)[1]
+        fields["head_features"] = shape_of(shapes, "model/Dense_0/kernel", 2)[1]
+        fields["gram_features"] = shape_of(shapes, "model/orth_out_0/orth_neuron_0/Dense_0/kernel", 2)[1]
+        fields["num_classes"] = shape_of(shapes, "model/orth_out_0/Dense_1/kernel", 2)[1]
         counts = [len(_places(shapes, f"model/orth_mlp_{index}/", "layers")) for index in range(2)]
         halved = overrides.get("upstream_modules", True)
         fields["head_layers"] = max(1, 2 * (counts[0] - 1) if halved else sum(counts) // 2)
     elif has("model/"):
         fields["kind"] = "pose"
-        fields["head_features"] = _shape(shapes, "model/Dense_0/kernel", 2)[1]
+        fields["head_features"] = shape_of(shapes, "model/Dense_0/kernel", 2)[1]
         fields["head_layers"] = sum(len(_places(shapes, f"model/MLP_{index}/", "layers")) for index in range(2))
     needed = ("image_size",) if has("encoder/") else ("image_size", "channels")
     if missing := [name for name in needed if name not in overrides]:
@@ -203,75 +196,21 @@ def _infer_levels(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> tuple[t
         if kernel not in shapes:
             continue
         if before is None or place > before + 1:
-            channels.append(_shape(shapes, kernel, 4)[3])
+            channels.append(shape_of(shapes, kernel, 4)[3])
             depth.append(0)
         depth[-1], before = depth[-1] + 1, place
     return tuple(channels), tuple(depth)
 
 
-def _shape(shapes: Mapping[str, tuple[int, ...]], name: str, axes: int) -> tuple[int, ...]:
-    if name not in shapes:
-        raise CheckpointError(f"missing {name}")
-    if len(shapes[name]) != axes:
-        raise CheckpointError(f"{name}: expected {axes} axes, got shape {shapes[name]}")
-    return shapes[name]
-
-
-def load_tree(arrays: Mapping[str, np.ndarray], overrides: Mapping | None = None, where: str = "tree") -> Model:
-    """A model of ours, in eval mode, from the original's arrays by path; errors as in `load`, `where` is the file."""
-    shapes = {name: tuple(x.shape) for name, x in arrays.items()}
-    try:
-        config = infer_config(shapes, overrides)
-    except ValueError as error:
-        raise CheckpointError(f"{where}: {error}") from error
-    rows = table(config)
-    check_keys(where, {name: shape for row in rows for name, shape in row.sources}, shapes)
-    with torch.device("meta"):
-        model = MODELS[config.kind](config)
-    trained = {name: p.requires_grad for name, p in model.named_parameters()}
-    model.load_state_dict(packed(rows, arrays), assign=True)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(trained[name])
-    return model.eval()
-
-
-def load(path: str | os.PathLike, overrides: Mapping | None = None) -> Model:
-    """A model from a file or folder of `flax_tree`, in eval mode; `overrides` as in `infer_config`.
-
-    Raises CheckpointError (a ValueError) that names the file and every key that is missing, unknown or misshapen.
-    """
-    return load_tree(read_parameters(path), overrides, str(path))
-
-
-def convert(path: str | os.PathLike, out_dir: str | os.PathLike, *, overrides: Mapping | None = None) -> Config:
-    """Convert to a directory for `from_pretrained` of MODELS[kind]; returns the config; errors as in `load`."""
-    model = load(path, overrides)
-    model.save_pretrained(out_dir)
-    return model.config
-
-
-def export(directory: str | os.PathLike, path: str | os.PathLike) -> None:
-    """The inverse of `convert`, bit for bit: `{"params": tree}` in the form that the suffix of `path` says.
-
-    Warns where the original would not compute the same with these arrays; fourdperf.jax.models.niso does. Raises
-    CheckpointError as `from_pretrained` does; ValueError for another suffix; OSError where the disk refuses.
-    """
-    if Path(path).suffix not in SUFFIXES:
-        raise ValueError(f"{path}: expected a name that ends in {', '.join(SUFFIXES)}")
-    config = Config.from_dict(read_config(directory, MODEL))
-    with torch.device("meta"):
-        model = MODELS[config.kind](config)
-    load_weights(model, directory)
-    if differences := _differences(config):
-        warnings.warn(f"{directory}: the original has other modules: {'; '.join(differences)}", stacklevel=2)
-    write_parameters(path, unpacked(table(config), model.state_dict()))
-
-
-def _differences(config: Config) -> list[str]:
+def _warning(model: Model) -> str:
     """What of a model's modules the original would not build."""
-    found = []
+    config, found = model.config, []
     if config.encoder_channels and not config.biases:
         found.append("no biases in residual blocks")
     if config.kind == "classifier" and not config.upstream_modules:
         found.append("all modules of the equivariant layers")
-    return found
+    return f"the original has other modules: {'; '.join(found)}" if found else ""
+
+
+FORMAT = TreeFormat(MODEL, Config, lambda config: MODELS[config.kind](config), table, infer_config, _warning)
+load_tree, load, convert, export = FORMAT.load_tree, FORMAT.load, FORMAT.convert, FORMAT.export
