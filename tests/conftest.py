@@ -53,3 +53,12 @@ def target(request) -> Target:
     library.set_cpu_isa(wanted.isa)
     yield wanted
     library.set_cpu_isa(before)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For sizes too small to share: threads that wait for each other are slow where others work as well."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

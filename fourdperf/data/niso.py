@@ -14,6 +14,7 @@ without `shuffle` the order is the source's. The length N is that of a pass. Dat
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -54,8 +55,8 @@ class InMemory(Dataset):
         return {"x": self.x[index], "label": self.labels[index]}
 
 
-class _Visits(Dataset):
-    """Batches of (item, randomness) by number: `_batch` makes what they become."""
+class _Visits(Dataset, ABC):
+    """Batches of (item, randomness) by number."""
 
     def __init__(self, source: ItemSource | SequenceSource, seed: int, shuffle: bool):
         if not len(source):
@@ -80,8 +81,9 @@ class _Visits(Dataset):
             self._last = visit, torch.randperm(len(self), generator=clip_generator(self.seed, ORDER - visit))
         return int(self._last[1][position])
 
+    @abstractmethod
     def _batch(self, indices: list[int], generators: list[Generator]) -> list[dict]:
-        raise NotImplementedError
+        """What the items become, each by its own generator."""
 
 
 class ShiftedImages(_Visits):

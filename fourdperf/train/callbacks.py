@@ -6,16 +6,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from fourdperf.data.chart import line_chart
 from fourdperf.data.files import atomic_path, write_text
+from fourdperf.data.video import write_png
 from fourdperf.models.checkpoint import Entry, write_checkpoint
 from fourdperf.models.d4rt import MODEL
 from fourdperf.train.checkpoint import read_run
 
-__all__ = ["AtomicCheckpoints", "Checkpoints", "Curves"]
+__all__ = ["AtomicCheckpoints", "Checkpoints", "Curves", "RunPictures", "curve_picture"]
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
@@ -98,6 +101,54 @@ class Curves(Callback):
         if trainer.is_global_zero and not trainer.sanity_checking:
             _append(self.out / "val.csv", trainer.global_step, _scalars(trainer.callback_metrics, "val/"))
         self.since = (trainer.global_step, time.monotonic())
+
+
+def curve_picture(out: Path, column: str, title: str, y_label: str = "") -> np.ndarray:
+    """A column of a run's train.csv and val.csv over its steps."""
+    curves = {}
+    for name in ("train", "val"):
+        path = out / f"{name}.csv"
+        if path.exists():
+            with open(path, newline="") as file:
+                rows = [(float(row["step"]), float(row[column])) for row in csv.DictReader(file)]
+            curves[name] = tuple(zip(*rows))
+    return line_chart(curves, title=title, x_label="step", y_label=y_label)
+
+
+class RunPictures(Callback):
+    """At every validation what `pictures` gives, to `out`/pictures and TensorBoard; the last ones also to `out`, where
+    `finish` adds to them. Subclasses define the two."""
+
+    def __init__(self, out: Path) -> None:
+        self.out, self.drawn = out, -1
+
+    def pictures(self, module: LightningModule) -> dict[str, np.ndarray]:
+        """By name."""
+        return {}
+
+    def finish(self, module: LightningModule) -> None:
+        """After the last step."""
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.is_global_zero and not trainer.sanity_checking:
+            self._draw(trainer, module)
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        if self.drawn != trainer.global_step:
+            self._draw(trainer, module)
+        for path in (self.out / "pictures").glob(f"*_{self.drawn:06d}.png"):
+            (self.out / f"{path.stem.rpartition('_')[0]}.png").write_bytes(path.read_bytes())
+        self.finish(module)
+
+    def _draw(self, trainer: Trainer, module: LightningModule) -> None:
+        self.drawn = trainer.global_step
+        for name, picture in self.pictures(module).items():
+            write_png(self.out / "pictures" / f"{name}_{self.drawn:06d}.png", picture)
+            for logger in trainer.loggers:
+                if hasattr(logger.experiment, "add_image"):
+                    logger.experiment.add_image(f"val/{name}", picture, self.drawn, dataformats="HWC")
 
 
 def _scalars(metrics: dict[str, torch.Tensor], prefix: str) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from typing import Literal
 
 import torch
-from lightning import LightningDataModule, LightningModule
+from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
@@ -11,13 +11,14 @@ from fourdperf.data.queries import Clip
 from fourdperf.models.d4rt import D4RT, Prediction
 from fourdperf.train.d4rt_loss import Weights, d4rt_loss, mean_depth
 from fourdperf.train.data import collate, loader, stream_loader
+from fourdperf.train.module import ModelTraining
 from fourdperf.train.muon import MuonAdamW
-from fourdperf.train.schedule import adamw, learning_rate
+from fourdperf.train.schedule import adamw
 
 __all__ = ["ClipData", "D4RTTraining"]
 
 
-class D4RTTraining(LightningModule):
+class D4RTTraining(ModelTraining):
     """One D4RT model, its losses and its optimiser; batches are `Clip`s with a leading axis.
 
     model: the network. max_steps: where the learning rate reaches `final_lr`. clip: the gradient's largest L2 norm.
@@ -79,32 +80,15 @@ class D4RTTraining(LightningModule):
         values = {f"val/{name}": value for name, value in terms.items()}
         self.log_dict(values, batch_size=len(batch.video), on_epoch=True, sync_dist=True)
 
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["model_config"] = self.model.config.to_dict()
-
-    def on_load_checkpoint(self, checkpoint: dict) -> None:
-        ours, theirs = self.model.config.to_dict(), checkpoint.get("model_config")
-        if theirs is not None and theirs != ours:
-            different = [f"{name} {theirs.get(name)}" for name in ours if theirs.get(name) != ours[name]]
-            raise ValueError(f"--ckpt: its model has {', '.join(different)}; give the options its run was started with")
-
     def configure_optimizers(self) -> dict:
         moved, make = (self.model, MuonAdamW) if self.optimizer == "muon" else (self.parameters(), adamw)
         optimizer = make(moved, self.lr, self.weight_decay)
-        share = lambda step: learning_rate(step, self.max_steps, self.warmup_steps, self.lr, self.final_lr) / self.lr
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return self.scheduled(optimizer)
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), self.clip)
         norm = norm.full_tensor() if self.sharded else norm
-        if not norm.isfinite():
-            # Gradients are averaged over the processes before this, so that all of them stop here.
-            raise ValueError(
-                f"step {self.global_step}: the gradient's norm is {norm.item()}; nothing was changed. The last "
-                f"checkpoint is good; go on from it with a lower --lr or --precision 32-true, or look at the data"
-            )
-        self.log("train/grad_norm", norm)
+        self.log_norm(norm)
 
 
 def quick_metrics(prediction: Prediction, batch: Clip) -> dict[str, Tensor]:

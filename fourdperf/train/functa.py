@@ -4,14 +4,12 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from lightning import LightningDataModule, LightningModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset, default_collate
 
 from fourdperf.data.images import Images
 from fourdperf.models.functa import Functa, fit, psnr
-from fourdperf.train.data import Shuffled, loader
-from fourdperf.train.schedule import learning_rate
+from fourdperf.train.data import Shuffled
+from fourdperf.train.module import ModelTraining, RunData
 
 __all__ = ["FunctaTraining", "ImageData", "signals"]
 
@@ -21,7 +19,7 @@ def signals(images: Tensor) -> Tensor:
     return images.flatten(1, -2)
 
 
-class FunctaTraining(LightningModule):
+class FunctaTraining(ModelTraining):
     """One functa, and its optimiser; batches are images `(B, H, W, C)` in [0, 1], with labels that nobody looks at.
 
     A step fits every image by the config's `inner_steps` of gradient descent on its latent, from zero, and moves what
@@ -68,53 +66,24 @@ class FunctaTraining(LightningModule):
         values = {"val/loss": found.loss.mean(), "val/psnr": psnr(found.recon, target).mean()}
         self.log_dict(values, batch_size=len(target), on_epoch=True, sync_dist=True)
 
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["model_config"] = self.model.config.to_dict()
-
-    def on_load_checkpoint(self, checkpoint: dict) -> None:
-        ours, theirs = self.model.config.to_dict(), checkpoint.get("model_config")
-        if theirs is not None and theirs != ours:
-            different = [f"{name} {theirs.get(name)}" for name in ours if theirs.get(name) != ours[name]]
-            raise ValueError(f"--ckpt: its model has {', '.join(different)}; give the options its run was started with")
-
     def configure_optimizers(self) -> dict:
         rates = [] if self.model.rates is None else [self.model.rates]
         others = [p for p in self.parameters() if all(p is not rate for rate in rates)]
         groups = [{"params": others}]
         groups += [{"params": rates, "lr": self.lr * self.rates_lr}] * bool(rates)
         optimizer = torch.optim.Adam(groups, lr=self.lr, fused=True)
-        share = lambda step: learning_rate(step, self.max_steps, self.warmup_steps, self.lr, self.final_lr) / self.lr
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return self.scheduled(optimizer)
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), self.clip)
-        if not norm.isfinite():
-            # Gradients are averaged over the processes before this, so that all of them stop here.
-            raise ValueError(
-                f"step {self.global_step}: the gradient's norm is {norm.item()}; nothing was changed. The last "
-                f"checkpoint is good; go on from it with a lower --lr or --precision 32-true, or look at the data"
-            )
-        self.log("train/grad_norm", norm)
+        self.log_norm(norm)
 
 
-class ImageData(LightningDataModule):
+class ImageData(RunData):
     """Images for training, in an order that the seed and the step alone decide, and for validation: `val_images` of
     them at most."""
 
     def __init__(
         self, train: Images, val: Images, batch_size: int, workers: int = 0, seed: int = 0, val_images: int = 256
     ) -> None:
-        super().__init__()
-        self.train, self.batch_size, self.workers = Shuffled(train, seed), batch_size, workers
-        self.val = Subset(val, range(min(len(val), val_images)))
-
-    def train_dataloader(self) -> DataLoader:
-        trainer = self.trainer
-        had = lambda: trainer.global_step * trainer.accumulate_grad_batches
-        rank, ranks = trainer.global_rank, trainer.world_size
-        return loader(self.train, self.batch_size, self.workers, rank, ranks, had, default_collate)
-
-    def val_dataloader(self) -> DataLoader:
-        mine = range(self.trainer.global_rank, len(self.val), self.trainer.world_size)
-        return DataLoader(Subset(self.val, mine), self.batch_size, num_workers=self.workers)
+        super().__init__(Shuffled(train, seed), val, batch_size, workers, val_images)

@@ -1,71 +1,47 @@
 """Pictures of a functa: reconstructions, the map of latents and how the field reads it, the coordinates that the
 network sees, the PSNR of a run."""
 
-import csv
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule
 from torch import Tensor
 
-from fourdperf.data.chart import line_chart
 from fourdperf.data.images import Images
 from fourdperf.data.pictures import PcaColours, enlarge, label, side_by_side, stack
 from fourdperf.data.video import write_png
 from fourdperf.models.functa import Functa, fit, psnr
 from fourdperf.ops import bilinear_sample
+from fourdperf.train.callbacks import RunPictures, curve_picture
 from fourdperf.train.functa import signals
 
-__all__ = ["FunctaPictures", "coordinates_picture", "latents_picture", "psnr_picture", "reconstructions_picture"]
+__all__ = ["FunctaPictures", "coordinates_picture", "latents_picture", "reconstructions_picture"]
 
 IMAGES, PANEL = 8, 128
 LATENT_ROWS, CHANNELS = 3, 6
 LINE = (255, 255, 255)
 
 
-class FunctaPictures(Callback):
-    """Of the first images of `images`: at every validation reconstructions and latents, and at the end these once more,
-    the coordinates and the curve. Written to `out`/pictures and `out`, and to TensorBoard."""
+class FunctaPictures(RunPictures):
+    """Of the first images of `images`: reconstructions and latents, and at the end the coordinates and the curve."""
 
     def __init__(self, out: Path, images: Images) -> None:
-        self.out = out
+        super().__init__(out)
         self.images = torch.stack([images[i][0] for i in range(min(IMAGES, len(images)))])
-        self.drawn = -1
 
-    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
-        if trainer.is_global_zero and not trainer.sanity_checking:
-            self._draw(trainer, module)
-
-    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        if not trainer.is_global_zero:
-            return
-        if self.drawn != trainer.global_step:
-            self._draw(trainer, module)
-        for name in ("reconstructions", "latents"):
-            (self.out / f"{name}.png").write_bytes(self._path(name).read_bytes())
-        write_png(self.out / "coordinates.png", coordinates_picture(module.model))
-        curve = self.out / "val.csv"
-        if curve.exists():
-            write_png(self.out / "psnr.png", psnr_picture(self.out))
-
-    def _draw(self, trainer: Trainer, module: LightningModule) -> None:
-        self.drawn = trainer.global_step
-        target = signals(self.images.to(module.device))
-        found = fit(module.model, target, chunk=module.chunk)
-        pictures = {
+    def pictures(self, module: LightningModule) -> dict[str, np.ndarray]:
+        found = fit(module.model, signals(self.images.to(module.device)), chunk=module.chunk)
+        return {
             "reconstructions": reconstructions_picture(self.images, found.recon.reshape(self.images.shape)),
             "latents": latents_picture(module.model, found.latent, self.images),
         }
-        for name, picture in pictures.items():
-            write_png(self._path(name), picture)
-            for logger in trainer.loggers:
-                if hasattr(logger.experiment, "add_image"):
-                    logger.experiment.add_image(f"val/{name}", picture, self.drawn, dataformats="HWC")
 
-    def _path(self, name: str) -> Path:
-        return self.out / "pictures" / f"{name}_{self.drawn:06d}.png"
+    def finish(self, module: LightningModule) -> None:
+        write_png(self.out / "coordinates.png", coordinates_picture(module.model))
+        if (self.out / "val.csv").exists():
+            write_png(self.out / "psnr.png", curve_picture(self.out, "psnr", "PSNR", "dB"))
 
 
 def reconstructions_picture(images: Tensor, recon: Tensor) -> np.ndarray:
@@ -123,18 +99,6 @@ def coordinates_picture(model: Functa) -> np.ndarray:
     panels = [label(_panel(_scale(inputs[..., i]), config.image_size), name) for i, name in enumerate(names)]
     per_row = config.bits if len(panels) > 2 else 2
     return stack([side_by_side(panels[i : i + per_row]) for i in range(0, len(panels), per_row)])
-
-
-def psnr_picture(out: Path) -> np.ndarray:
-    """The PSNR of a run's train.csv and val.csv over its steps."""
-    curves = {}
-    for name in ("train", "val"):
-        path = out / f"{name}.csv"
-        if path.exists():
-            with open(path, newline="") as file:
-                rows = [(float(row["step"]), float(row["psnr"])) for row in csv.DictReader(file)]
-            curves[name] = tuple(zip(*rows))
-    return line_chart(curves, title="PSNR", x_label="step", y_label="dB")
 
 
 def _colours(image: Tensor) -> np.ndarray:

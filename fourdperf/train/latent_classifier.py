@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from lightning import LightningDataModule, LightningModule
+from lightning import LightningDataModule
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import BatchSampler, DataLoader, Dataset
@@ -16,7 +16,8 @@ from fourdperf.data.files import write_text
 from fourdperf.data.synthetic import clip_generator
 from fourdperf.models.latent_classifier import LatentClassifier
 from fourdperf.train.data import BatchNumbers
-from fourdperf.train.schedule import adamw, learning_rate
+from fourdperf.train.module import ModelTraining
+from fourdperf.train.schedule import adamw
 
 __all__ = ["ClassifierTraining", "Passes", "SignalData", "Standardised", "load_classifier", "score", "write_statistics"]
 
@@ -36,7 +37,7 @@ class Standardised(nn.Module):
         return self.model((latents - self.mean) / self.std)
 
 
-class ClassifierTraining(LightningModule):
+class ClassifierTraining(ModelTraining):
     """One classifier, its loss and its optimiser; batches are latents `(B, s, s, c)` and labels `(B,)`.
 
     network: what is trained. `model` is the exponential moving average of its parameters, which validation uses and a
@@ -111,32 +112,15 @@ class ClassifierTraining(LightningModule):
         values = {f"val/{name}": value for name, value in values.items()}
         self.log_dict(values, batch_size=len(labels), on_epoch=True, sync_dist=True)
 
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["model_config"] = self.model.config.to_dict()
-
-    def on_load_checkpoint(self, checkpoint: dict) -> None:
-        ours, theirs = self.model.config.to_dict(), checkpoint.get("model_config")
-        if theirs is not None and theirs != ours:
-            different = [f"{name} {theirs.get(name)}" for name in ours if theirs.get(name) != ours[name]]
-            raise ValueError(f"--ckpt: its model has {', '.join(different)}; give the options its run was started with")
-
     def configure_optimizers(self) -> dict:
         optimizer = adamw(self.network.parameters(), self.lr, self.weight_decay)
-        share = lambda step: learning_rate(step, self.max_steps, self.warmup_steps, self.lr, self.final_lr) / self.lr
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return self.scheduled(optimizer)
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         if self.divide_gradient:
             torch._foreach_div_([p.grad for p in self.network.parameters() if p.grad is not None], self.length)
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.clip)
-        if not norm.isfinite():
-            # Gradients are averaged over the processes before this, so that all of them stop here.
-            raise ValueError(
-                f"step {self.global_step}: the gradient's norm is {norm.item()}; nothing was changed. The last "
-                f"checkpoint is good; go on from it with a lower --lr or --precision 32-true, or look at the data"
-            )
-        self.log("train/grad_norm", norm)
+        self.log_norm(norm)
 
 
 class Passes(Dataset):

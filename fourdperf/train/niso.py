@@ -10,12 +10,10 @@ pose pred                      video (B, T, H, W, C), poses (B, T, 4, 4)        
 from collections.abc import Callable, Sequence
 
 import torch
-from lightning import LightningDataModule, LightningModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
 
 from fourdperf.models.niso import Autoencoder, Classifier, Model, PosePredictor
-from fourdperf.train.data import loader
+from fourdperf.train.module import ADVICE, ModelTraining
 from fourdperf.train.niso_loss import (
     classification_loss,
     encode_loss,
@@ -23,10 +21,8 @@ from fourdperf.train.niso_loss import (
     parameter_groups,
     pose_loss,
 )
-from fourdperf.train.schedule import learning_rate
 
 __all__ = [
-    "NisoData",
     "NisoTraining",
     "classification_objective",
     "collate_items",
@@ -80,7 +76,7 @@ def pose_objective(model: PosePredictor, batch: Batch, taps: dict | None = None)
 # Training
 
 
-class NisoTraining(LightningModule):
+class NisoTraining(ModelTraining):
     """One model, what it is to learn, and its optimiser: AdamW, a linear warm-up from `final_lr`, a cosine back to it.
 
     max_steps: where the learning rate reaches `final_lr`. clip: the gradient's largest L2 norm; None leaves it.
@@ -127,15 +123,6 @@ class NisoTraining(LightningModule):
         values = {f"val/{name}": part for name, part in parts.items()}
         self.log_dict(values, batch_size=len(batch[0]), on_epoch=True, sync_dist=True)
 
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["model_config"] = self.model.config.to_dict()
-
-    def on_load_checkpoint(self, checkpoint: dict) -> None:
-        ours, theirs = self.model.config.to_dict(), checkpoint.get("model_config")
-        if theirs is not None and theirs != ours:
-            different = [f"{name} {theirs.get(name)}" for name in ours if theirs.get(name) != ours[name]]
-            raise ValueError(f"--ckpt: its model has {', '.join(different)}; give the options its run was started with")
-
     def configure_optimizers(self) -> dict:
         groups = parameter_groups(self.model, self.weight_decay, decay_basis=self.decay_basis)
         operator = self.model.operator
@@ -143,20 +130,15 @@ class NisoTraining(LightningModule):
             if multiple != 1:
                 groups = _apart(groups, parameter, self.lr * multiple)
         optimizer = torch.optim.AdamW(groups, lr=self.lr, fused=True)
-        share = lambda step: learning_rate(step, self.max_steps, self.warmup_steps, self.lr, self.final_lr) / self.lr
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return self.scheduled(optimizer)
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        # Gradients are averaged over the processes before this, so that all of them stop here.
         moving = [p for p in self.model.parameters() if p.requires_grad]
         norm = torch.nn.utils.clip_grad_norm_(moving, torch.inf if self.clip is None else self.clip)
-        if not norm.isfinite():
-            raise ValueError(f"step {self.global_step}: {self._not_finite()}; nothing was changed. {ADVICE}")
-        self.log("train/grad_norm", norm)
+        self.log_norm(norm)
 
     @torch.no_grad()
-    def _not_finite(self) -> str:
+    def not_finite(self, norm: Tensor) -> str:
         """The first tensor on the way from the batch to the gradients that is not finite, in words."""
         taps: dict[str, Tensor] = {}
         try:
@@ -169,9 +151,6 @@ class NisoTraining(LightningModule):
                 where = f"batch's tensor {name}" if isinstance(name, int) else name
                 return f"{where} has {int((~x.isfinite()).sum())} of {x.numel()} values that are not finite"
         return "another process's gradient is not finite"
-
-
-ADVICE = "The last checkpoint is good; go on from it with a lower --lr or --precision 32-true, or look at the data"
 
 
 def _apart(groups: list[dict], parameter: Tensor, lr: float) -> list[dict]:
@@ -199,30 +178,3 @@ def collate_items(items: Sequence[dict]) -> Batch:
 def collate_frames(items: Sequence[dict]) -> Batch:
     """Videos of two frames as pairs (B, H, W, 3)."""
     return collate_items(items)[0].unbind(1)
-
-
-class NisoData(LightningDataModule):
-    """Data sets as `fourdperf.data.niso` has them; validation looks at the first `val_items` of `val`."""
-
-    def __init__(
-        self,
-        train: Dataset,
-        val: Dataset,
-        batch_size: int,
-        workers: int = 0,
-        val_items: int = 256,
-        collate: Callable[[Sequence[dict]], Batch] = collate_items,
-    ) -> None:
-        super().__init__()
-        self.train, self.batch_size, self.workers, self.collate = train, batch_size, workers, collate
-        self.val = Subset(val, range(min(len(val), val_items)))
-
-    def train_dataloader(self) -> DataLoader:
-        trainer = self.trainer
-        had = lambda: trainer.global_step * trainer.accumulate_grad_batches
-        rank, ranks = trainer.global_rank, trainer.world_size
-        return loader(self.train, self.batch_size, self.workers, rank, ranks, had, self.collate)
-
-    def val_dataloader(self) -> DataLoader:
-        mine = Subset(self.val, range(self.trainer.global_rank, len(self.val), self.trainer.world_size))
-        return DataLoader(mine, self.batch_size, num_workers=self.workers, collate_fn=self.collate)

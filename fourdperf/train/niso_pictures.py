@@ -1,14 +1,13 @@
 """Pictures of Neural Isometries: learned functions, beside the torus Laplacian's, operators and their eigenvalues, maps
 tau, what they make of observations, answers, trajectories, curves."""
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
@@ -17,13 +16,13 @@ from fourdperf.data.pictures import enlarge, label, side_by_side, stack
 from fourdperf.data.toric import heat_kernel, toric_eigs
 from fourdperf.data.video import write_png
 from fourdperf.models.niso import Autoencoder, Basis, Classifier, PosePredictor, inverse_se3
+from fourdperf.train.callbacks import RunPictures, curve_picture
 from fourdperf.train.evaluate_niso import chain, toric_match
 from fourdperf.train.niso_runs import Run, source, split_pairs
 
 __all__ = [
     "NisoPictures",
     "answers_picture",
-    "curves_picture",
     "eigenvalues_picture",
     "functions_picture",
     "isometries_picture",
@@ -38,42 +37,27 @@ ITEMS, PANEL, CELL, FUNCTIONS = 6, 112, 64, 24
 COLUMNS = 12
 
 
-class NisoPictures(Callback):
-    """Of the first items of validation, or for a classifier of the warped test set: at every validation to
-    `out`/pictures, and at the end to `out`, with the curves; also to TensorBoard."""
+class NisoPictures(RunPictures):
+    """Of the first items of validation, or for a classifier of the warped test set; at the end the curves as well."""
 
     def __init__(self, out: Path, run: Run) -> None:
-        self.out, self.run, self.drawn = out, run, -1
-        shown = run.data.val
+        super().__init__(out)
+        self.run, shown = run, run.data.val
         if isinstance(run.model, Classifier):
             shown = split_pairs(run.options, source(run.options, "test"), "test")
         shown = Subset(shown, range(min(ITEMS, len(shown))))
         (self.batch,) = DataLoader(shown, ITEMS, collate_fn=run.data.collate)
 
-    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
-        if trainer.is_global_zero and not trainer.sanity_checking:
-            self._draw(trainer, module)
-
-    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        if not trainer.is_global_zero:
-            return
-        if self.drawn != trainer.global_step:
-            self._draw(trainer, module)
-        for path in (self.out / "pictures").glob(f"*_{self.drawn:06d}.png"):
-            (self.out / f"{path.stem.rpartition('_')[0]}.png").write_bytes(path.read_bytes())
-        if (self.out / "train.csv").exists():
-            write_png(self.out / "curves.png", curves_picture(self.out))
-
     @torch.no_grad()
-    def _draw(self, trainer: Trainer, module: LightningModule) -> None:
-        self.drawn, training = trainer.global_step, module.model.training
-        batch = [x.to(module.device) for x in self.batch]
-        for name, picture in pictures(module.model.eval(), batch, self.run).items():
-            write_png(self.out / "pictures" / f"{name}_{self.drawn:06d}.png", picture)
-            for logger in trainer.loggers:
-                if hasattr(logger.experiment, "add_image"):
-                    logger.experiment.add_image(f"val/{name}", picture, self.drawn, dataformats="HWC")
+    def pictures(self, module: LightningModule) -> dict[str, np.ndarray]:
+        training, batch = module.model.training, [x.to(module.device) for x in self.batch]
+        drawn = pictures(module.model.eval(), batch, self.run)
         module.model.train(training)
+        return drawn
+
+    def finish(self, module: LightningModule) -> None:
+        if (self.out / "train.csv").exists():
+            write_png(self.out / "curves.png", curve_picture(self.out, "loss", "loss"))
 
 
 def pictures(model, batch: Sequence[Tensor], run: Run) -> dict[str, np.ndarray]:
@@ -228,18 +212,6 @@ def trajectories_picture(relative: Tensor, poses: Tensor) -> np.ndarray:
             curves[name] = (x, z)
         charts.append(line_chart(curves, x_label="x", y_label="z", size=(300, 460)))
     return stack([side_by_side(charts[i : i + 3]) for i in range(0, len(charts), 3)])
-
-
-def curves_picture(out: Path) -> np.ndarray:
-    """The loss of a run's train.csv and val.csv over its steps."""
-    curves = {}
-    for name in ("train", "val"):
-        path = out / f"{name}.csv"
-        if path.exists():
-            with open(path, newline="") as file:
-                rows = [(float(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
-            curves[name] = tuple(zip(*rows))
-    return line_chart(curves, title="loss", x_label="step", y_label="")
 
 
 # Panels

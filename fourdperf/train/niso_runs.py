@@ -28,8 +28,8 @@ from fourdperf.data.niso_standins import PhotographPatches, SceneSequences, Star
 from fourdperf.data.warps import SHIFT, SPREAD
 from fourdperf.models.checkpoint import CONFIG
 from fourdperf.models.niso import MODELS, Autoencoder, Classifier, Config, Model, PosePredictor
+from fourdperf.train.module import RunData
 from fourdperf.train.niso import (
-    NisoData,
     Objective,
     classification_objective,
     collate_frames,
@@ -58,7 +58,7 @@ class Run:
     options: dict[str, Any]
     model: Model
     objective: Objective
-    data: NisoData
+    data: RunData
     items: str
     told: str
 
@@ -89,7 +89,7 @@ def open_run(options: dict[str, Any], small: Mapping[str, Any], full: Mapping[st
         options, fields = _stacked(options, fields, train)
     model = _model(options, encoder, fields, train)
     objective, items = _objective(options)
-    data = NisoData(
+    data = RunData(
         split_pairs(options, train, "train"),
         split_pairs(options, val, "val"),
         options["batch_size"],

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from fourdperf.cli.main import main
-from fourdperf.data.toric import toric_eigs
-from fourdperf.models.niso import MODELS, Basis, Config, eigenvalue_mask
+from fourdperf.models.niso import MODELS, Config
+from tests.models.niso_cases import exact_basis
 
 pytest.importorskip("lightning")
 pytest.importorskip("h5py")
 pytest.importorskip("sklearn")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 from fourdperf.train.niso_pictures import (  # noqa: E402
     functions_picture,
@@ -44,14 +45,6 @@ PICTURES = {
     "classes": {"answers"},
     "pose_pred": {"trajectories"},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def train(command: str, *options) -> int:
@@ -156,13 +149,8 @@ def test_wrong_folders_and_numbers(runs, tmp_path, capsys):
 # Pictures
 
 
-def basis(size: int, k: int) -> Basis:
-    values, vectors, mass = toric_eigs(size, size)
-    return Basis(mass, vectors[:, :k], values[:k], eigenvalue_mask(values[:k]))
-
-
 def test_functions_stand_beside_the_exact_ones_turned_towards_them():
-    exact = basis(8, 9)
+    exact = exact_basis(8, 9)
     turn = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64))[0]
     functions = exact.functions.clone()
     functions[:, 1:5] = functions[:, 1:5] @ turn
@@ -173,7 +161,7 @@ def test_functions_stand_beside_the_exact_ones_turned_towards_them():
 
 
 def test_operator_pictures_of_the_exact_basis_are_alike():
-    picture = torus_operator_picture(basis(8, 21), (8, 8))
+    picture = torus_operator_picture(exact_basis(8, 21), (8, 8))
     assert picture.shape == (246, 4 * 224 + 12, 3)
     assert np.array_equal(picture[22:, 456:680], picture[22:, 684:])
 

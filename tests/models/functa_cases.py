@@ -1,30 +1,21 @@
 """The reference numbers in tests/goldens/functa (format: README there) as models, inputs, outputs."""
 
-import json
-from pathlib import Path
+import functools
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from fourdperf.models.functa import Config, Functa
+from tests.models import goldens
 
-GOLDENS = Path(__file__).parents[1] / "goldens" / "functa"
-
-
-def names(prefix: str) -> list[str]:
-    return sorted(path.stem for path in GOLDENS.glob(f"{prefix}*.npz"))
+GOLDENS = goldens.GOLDENS / "functa"
+names = functools.partial(goldens.names, GOLDENS)
 
 
-class Case:
-    """One golden file; `params`, `inputs`, `outputs`, `grads` without their prefixes."""
+class Case(goldens.Golden):
+    """One golden file."""
 
     def __init__(self, name: str):
-        with np.load(GOLDENS / f"{name}.npz", allow_pickle=False) as golden:
-            arrays = {key: torch.from_numpy(golden[key]) for key in golden.files if key != "config"}
-            self.spec = json.loads(str(golden["config"]))
-        part = lambda prefix: {key.removeprefix(prefix): x for key, x in arrays.items() if key.startswith(prefix)}
-        self.params, self.inputs, self.outputs, self.grads = (part(p) for p in ("params/", "in/", "out/", "grad/"))
+        super().__init__(GOLDENS / f"{name}.npz")
 
     @property
     def config(self) -> Config:

@@ -1,7 +1,6 @@
 """The reference numbers in tests/goldens/niso (format: README there) as models, inputs, outputs; and live models."""
 
-import json
-from pathlib import Path
+import functools
 
 import numpy as np
 import torch
@@ -10,24 +9,19 @@ from torch import Tensor, nn
 from fourdperf.convert.flax_tree import packed
 from fourdperf.convert.niso import table
 from fourdperf.convert.table import Row
-from fourdperf.models.niso import MODELS, Config, Model, lift_se3
+from fourdperf.data.toric import toric_eigs
+from fourdperf.models.niso import MODELS, Basis, Config, Model, eigenvalue_mask, lift_se3
+from tests.models import goldens
 
-GOLDENS = Path(__file__).parents[1] / "goldens" / "niso"
+GOLDENS = goldens.GOLDENS / "niso"
+names = functools.partial(goldens.names, GOLDENS)
 
 
-def names(prefix: str) -> list[str]:
-    return sorted(path.stem for path in GOLDENS.glob(f"{prefix}*.npz"))
-
-
-class Case:
-    """One golden file; `params`, `inputs`, `outputs`, `grads` without their prefixes."""
+class Case(goldens.Golden):
+    """One golden file."""
 
     def __init__(self, name: str):
-        with np.load(GOLDENS / f"{name}.npz", allow_pickle=False) as golden:
-            arrays = {key: torch.from_numpy(golden[key]) for key in golden.files if key != "config"}
-            self.spec = json.loads(str(golden["config"]))
-        part = lambda prefix: {key.removeprefix(prefix): x for key, x in arrays.items() if key.startswith(prefix)}
-        self.params, self.inputs, self.outputs, self.grads = (part(p) for p in ("params/", "in/", "out/", "grad/"))
+        super().__init__(GOLDENS / f"{name}.npz")
 
     @property
     def model(self) -> dict:
@@ -159,3 +153,9 @@ def in_flax(model: Model, tensors: dict[str, Tensor]) -> dict[str, np.ndarray]:
         for row in table(model.config)
         for (name, _), part in zip(row.sources, row.unpack(tensors[row.key].detach().numpy()), strict=True)
     }
+
+
+def exact_basis(size: int, k: int) -> Basis:
+    """The torus Laplacian's first k functions on size x size points."""
+    values, vectors, mass = toric_eigs(size, size)
+    return Basis(mass, vectors[:, :k], values[:k], eigenvalue_mask(values[:k]))

@@ -16,6 +16,7 @@ from fourdperf.train.checkpoint import read_run
 
 pytest.importorskip("lightning")
 pytest.importorskip("sklearn")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL = {"hidden_size": 16, "num_layers": 3, "latent_size": 2, "latent_channels": 2, "inner_steps": 2}
 MODEL = [f"--model.{name}={value}" for name, value in SMALL.items()]
@@ -45,15 +46,6 @@ def close(a, b) -> bool:
     """To the rounding of sums in another order, which Adam divides by where a gradient is next to nothing."""
     a, b = weights(a), weights(b)
     return max((a[name] - b[name]).abs().max().item() for name in a) < 2e-5
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """These sizes are too small to share, and threads that wait for each other are slow where others work as well."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

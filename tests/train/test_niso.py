@@ -14,11 +14,13 @@ import torch
 from fourdperf.cli.main import main
 from fourdperf.data import niso
 from fourdperf.data.toric import eigenspaces, toric_eigs
-from fourdperf.models.niso import Autoencoder, Basis, Config, eigenvalue_mask
+from fourdperf.models.niso import Autoencoder, Config
 from fourdperf.train.checkpoint import read_run
+from tests.models.niso_cases import exact_basis
 
 pytest.importorskip("lightning")
 pytest.importorskip("sklearn")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 from fourdperf.train.evaluate_niso import (  # noqa: E402
     PlainNet,
@@ -35,14 +37,6 @@ from fourdperf.train.niso_runs import evened  # noqa: E402
 TINY = ["--size=8", "--digit=6", "--accelerator=cpu", "--batch_size=2", "--log_every=1", "--val_every=100"]
 TINY += ["--val_items=4", "--max_steps=6", "--save_every=3", "--model.encoder_channels=[4,4]", "--model.op_dim=6"]
 TINY += ["--model.latent_channels=6", "--model.stem_channels=4"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def run(*options) -> int:
@@ -148,10 +142,10 @@ def test_what_is_not_finite_is_named():
     module = NisoTraining(model, encode_objective(0.5, 0.1), 10, lr=1e-3, final_lr=1e-4)
     module._batch = (torch.rand(2, 8, 8, 1), torch.rand(2, 8, 8, 1))
     model.encoder.out.weight.grad = torch.full_like(model.encoder.out.weight, torch.inf)
-    assert module._not_finite().startswith("gradient of encoder.out.weight has ")
+    assert module.not_finite(torch.tensor(torch.nan)).startswith("gradient of encoder.out.weight has ")
     with torch.no_grad():
         model.decoder.norm.weight[1] = torch.nan
-    assert module._not_finite().startswith("decoder/out has ")
+    assert module.not_finite(torch.tensor(torch.nan)).startswith("decoder/out has ")
 
 
 def test_checkpoints_of_another_model(plain, tmp_path, capsys):
@@ -161,11 +155,6 @@ def test_checkpoints_of_another_model(plain, tmp_path, capsys):
 
 
 # Measures
-
-
-def exact_basis(size: int, k: int) -> Basis:
-    values, vectors, mass = toric_eigs(size, size)
-    return Basis(mass, vectors[:, :k], values[:k], eigenvalue_mask(values[:k]))
 
 
 def test_exact_functions_are_recognised_however_they_are_turned():

@@ -1,0 +1,75 @@
+"""What runs of all models share under Lightning: checks of checkpoints and gradients, the learning rate, the data."""
+
+from collections.abc import Callable
+
+import torch
+from lightning import LightningDataModule, LightningModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+
+from fourdperf.train.data import loader
+from fourdperf.train.schedule import learning_rate
+
+__all__ = ["ADVICE", "ModelTraining", "RunData"]
+
+ADVICE = "The last checkpoint is good; go on from it with a lower --lr or --precision 32-true, or look at the data"
+
+
+class ModelTraining(LightningModule):
+    """A module that trains `model`, which has a config, to step `max_steps`; subclasses set these and lr, final_lr and
+    warmup_steps (`fourdperf.train.schedule.learning_rate`)."""
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["model_config"] = self.model.config.to_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        ours, theirs = self.model.config.to_dict(), checkpoint.get("model_config")
+        if theirs is not None and theirs != ours:
+            different = [f"{name} {theirs.get(name)}" for name in ours if theirs.get(name) != ours[name]]
+            raise ValueError(f"--ckpt: its model has {', '.join(different)}; give the options its run was started with")
+
+    def scheduled(self, optimizer: torch.optim.Optimizer) -> dict:
+        """What `configure_optimizers` gives: every group's rate follows the schedule from its own peak."""
+        share = lambda step: learning_rate(step, self.max_steps, self.warmup_steps, self.lr, self.final_lr) / self.lr
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def log_norm(self, norm: Tensor) -> None:
+        """Log the gradient's norm; raises ValueError where it is not finite, before anything has moved.
+
+        Gradients are averaged over the processes before this, so that all of them stop here.
+        """
+        if not norm.isfinite():
+            raise ValueError(f"step {self.global_step}: {self.not_finite(norm)}; nothing was changed. {ADVICE}")
+        self.log("train/grad_norm", norm)
+
+    def not_finite(self, norm: Tensor) -> str:
+        """What is wrong, in words."""
+        return f"the gradient's norm is {norm.item()}"
+
+
+class RunData(LightningDataModule):
+    """Items for training by number, without end, in an order of their own; and the first `val_items` of `val`."""
+
+    def __init__(
+        self,
+        train: Dataset,
+        val: Dataset,
+        batch_size: int,
+        workers: int = 0,
+        val_items: int = 256,
+        collate: Callable = default_collate,
+    ) -> None:
+        super().__init__()
+        self.train, self.batch_size, self.workers, self.collate = train, batch_size, workers, collate
+        self.val = Subset(val, range(min(len(val), val_items)))
+
+    def train_dataloader(self) -> DataLoader:
+        trainer = self.trainer
+        had = lambda: trainer.global_step * trainer.accumulate_grad_batches
+        rank, ranks = trainer.global_rank, trainer.world_size
+        return loader(self.train, self.batch_size, self.workers, rank, ranks, had, self.collate)
+
+    def val_dataloader(self) -> DataLoader:
+        mine = Subset(self.val, range(self.trainer.global_rank, len(self.val), self.trainer.world_size))
+        return DataLoader(mine, self.batch_size, num_workers=self.workers, collate_fn=self.collate)
