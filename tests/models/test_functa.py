@@ -14,6 +14,7 @@ from fourdperf.models import functa
 from fourdperf.models.checkpoint import CheckpointError
 from fourdperf.models.functa import Config, Functa, fit, psnr
 from fourdperf.ops import use_backend
+from tests.models.goldens import close, gradients
 
 SMALL = {"hidden_size": 8, "num_layers": 4, "omega_0": 5.0, "latent_channels": 3, "inner_rate": 1.0, "inner_steps": 3}
 SIZE = (6, 4)
@@ -55,17 +56,6 @@ def plain_fit(model, target, coords, order, steps=3):
             (gradient,) = torch.autograd.grad(losses[-1].sum(), latent, create_graph=order == 2, retain_graph=True)
             latent = latent - model.rates_now() * gradient
     return latent, torch.stack(losses)
-
-
-def gradients(model, loss):
-    model.zero_grad()
-    loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def close(a, b, rtol=1e-12):
-    assert a.shape == b.shape
-    assert (a - b).abs().max() <= rtol * b.abs().max().clamp(min=1e-300), (a - b).abs().max() / b.abs().max()
 
 
 # ---- config, start, coordinates

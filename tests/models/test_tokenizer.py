@@ -17,28 +17,9 @@ from fourdperf.models.titok import TiTok
 from fourdperf.models.token_blocks import Block, TokenEncoder, VectorQuantizer, nearest, sincos_positions
 from fourdperf.models.token_generator import TokenGenerator, guidance_strength, gumbel, mask_tokens
 from fourdperf.models.tokenizer import Tokenizer
+from tests.models.goldens import close, gradients
+from tests.models.tokenizer_cases import PIXELS, SEED, TITOK, TOKENS
 
-SEED = {
-    **{"image_size": (16, 24), "patch_size": 8, "num_latents": 5, "latent_channels": 4, "hidden_size": 24},
-    **{
-        "num_layers": 2,
-        "num_heads": 3,
-        "mlp_size": 40,
-        "codebook_size": 20,
-        "decoder_size": 16,
-        "decoder_channels": 32,
-    },
-    **{"channel_multipliers": (1, 2), "res_blocks": 1, "attention_sizes": (8,)},
-}
-TITOK = {
-    **{"image_size": (16, 24), "patch_size": 8, "num_latents": 5, "latent_channels": 4, "codebook_size": 20},
-    **{"hidden_size": 24, "num_layers": 2, "num_heads": 3, "decoder_size": 16, "decoder_layers": 2, "decoder_heads": 2},
-}
-PIXELS = {"channels": 32, "channel_multipliers": (1, 2), "res_blocks": 1, "latent_channels": 6, "codebook_size": 12}
-TOKENS = {
-    **{"codebook_size": 11, "num_tokens": 6, "num_classes": 3, "hidden_size": 24, "num_layers": 4, "num_heads": 3},
-    **{"mlp_size": 40, "steps": 4, "temperature": 2.0},
-}
 CODES = {"target": "codes", "target_codes": 12}
 MODELS = {
     "tokenizer": partial(Tokenizer, tokenizer.Config(**SEED)),
@@ -73,17 +54,6 @@ def tensors(out):
     if isinstance(out, torch.Tensor):
         return [out]
     return [out.recon, out.encoded.latents, *out.encoded.losses.values()]
-
-
-def gradients(model, loss):
-    model.zero_grad()
-    loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def close(a, b, rtol=1e-12):
-    assert a.shape == b.shape
-    assert (a - b).abs().max() <= rtol * b.abs().max().clamp(min=1e-300), (a - b).abs().max() / b.abs().max()
 
 
 # ---- configs

@@ -7,31 +7,11 @@ from fourdperf.convert.flax_tree import flat
 from fourdperf.models import maskgit_vqgan, titok, token_generator, tokenizer
 from fourdperf.models.checkpoint import CheckpointError
 from tests.models.scaling4d_cases import TOLERANCE, difference
+from tests.models.tokenizer_cases import PIXELS, SEED, TITOK, TOKENS
 
 jax = pytest.importorskip("jax")
 flax_models = pytest.importorskip("fourdperf.jax.models.tokenizer")
 
-SEED = {
-    **{"image_size": (16, 24), "patch_size": 8, "num_latents": 5, "latent_channels": 4, "hidden_size": 24},
-    **{
-        "num_layers": 2,
-        "num_heads": 3,
-        "mlp_size": 40,
-        "codebook_size": 20,
-        "decoder_size": 16,
-        "decoder_channels": 32,
-    },
-    **{"channel_multipliers": (1, 2), "res_blocks": 1, "attention_sizes": (8,)},
-}
-TITOK = {
-    **{"image_size": (16, 24), "patch_size": 8, "num_latents": 5, "latent_channels": 4, "codebook_size": 20},
-    **{"hidden_size": 24, "num_layers": 2, "num_heads": 3, "decoder_size": 16, "decoder_layers": 2, "decoder_heads": 2},
-}
-PIXELS = {"channels": 32, "channel_multipliers": (1, 2), "res_blocks": 1, "latent_channels": 6, "codebook_size": 12}
-TOKENS = {
-    **{"codebook_size": 11, "num_tokens": 6, "num_classes": 3, "hidden_size": 24, "num_layers": 4, "num_heads": 3},
-    "mlp_size": 40,
-}
 NAMES = {tokenizer: "Tokenizer", maskgit_vqgan: "MaskGITVQGAN", titok: "TiTok", token_generator: "TokenGenerator"}
 LIVE = {
     "tokenizer": (tokenizer, tokenizer.Config(**SEED)),

@@ -1,5 +1,6 @@
 """The reference numbers in tests/goldens/tokenizer (format: README there) as models, inputs, outputs."""
 
+import functools
 import json
 import zlib
 from pathlib import Path
@@ -9,13 +10,35 @@ import pytest
 import torch
 from torch import Tensor
 
-GOLDENS = Path(__file__).parents[1] / "goldens" / "tokenizer"
+from tests.models import goldens
+
+GOLDENS = goldens.GOLDENS / "tokenizer"
 # The three largest files are not in the repository; where the goldens' own folder is beside it, they are tested too.
 SHARED = Path(__file__).parents[3] / "shared" / "goldens" / "tokenizer"
+names = functools.partial(goldens.names, GOLDENS)
 
-
-def names(prefix: str) -> list[str]:
-    return sorted(path.stem for path in GOLDENS.glob(f"{prefix}*.npz"))
+# Small live models
+SEED = {
+    **{"image_size": (16, 24), "patch_size": 8, "num_latents": 5, "latent_channels": 4, "hidden_size": 24},
+    **{
+        "num_layers": 2,
+        "num_heads": 3,
+        "mlp_size": 40,
+        "codebook_size": 20,
+        "decoder_size": 16,
+        "decoder_channels": 32,
+    },
+    **{"channel_multipliers": (1, 2), "res_blocks": 1, "attention_sizes": (8,)},
+}
+TITOK = {
+    **{"image_size": (16, 24), "patch_size": 8, "num_latents": 5, "latent_channels": 4, "codebook_size": 20},
+    **{"hidden_size": 24, "num_layers": 2, "num_heads": 3, "decoder_size": 16, "decoder_layers": 2, "decoder_heads": 2},
+}
+PIXELS = {"channels": 32, "channel_multipliers": (1, 2), "res_blocks": 1, "latent_channels": 6, "codebook_size": 12}
+TOKENS = {
+    **{"codebook_size": 11, "num_tokens": 6, "num_classes": 3, "hidden_size": 24, "num_layers": 4, "num_heads": 3},
+    **{"mlp_size": 40, "steps": 4, "temperature": 2.0},
+}
 
 
 def keys(name: str) -> dict[str, tuple[int, ...]]:
@@ -24,18 +47,14 @@ def keys(name: str) -> dict[str, tuple[int, ...]]:
     return {key: tuple(entry["shape"]) for key, entry in listed.items()}
 
 
-class Case:
-    """One golden file; `params`, `inputs`, `outputs`, `grads` without their prefixes. Recipes are filled in."""
+class Case(goldens.Golden):
+    """One golden file; recipes are filled in."""
 
     def __init__(self, name: str):
         path = next((x for x in (GOLDENS / f"{name}.npz", SHARED / f"{name}.npz") if x.exists()), None)
         if path is None:
             pytest.skip(f"{name}.npz is not in the repository")
-        with np.load(path, allow_pickle=False) as golden:
-            arrays = {key: torch.from_numpy(golden[key]) for key in golden.files if key != "config"}
-            self.spec = json.loads(str(golden["config"]))
-        part = lambda prefix: {key.removeprefix(prefix): x for key, x in arrays.items() if key.startswith(prefix)}
-        self.params, self.inputs, self.outputs, self.grads = (part(p) for p in ("params/", "in/", "out/", "grad/"))
+        super().__init__(path)
         if "recipe" in self.spec:
             recipe, prefix = self.spec["recipe"], self.spec.get("recipe_prefix", "")
             for key, entry in recipe["entries"].items():
