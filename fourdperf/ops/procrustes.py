@@ -312,7 +312,7 @@ class _Triton:
         flip.zero_()
         if special:
             last = size.argmin(-1)[..., None, None].expand(*size.shape[:-1], 1, size.shape[-1])
-            negative = (torch.linalg.det(out) < 0)[..., None]
+            negative = (_sign(out) < 0)[..., None]
             flip.copy_(torch.where(negative, v.gather(-2, last)[..., 0, :], 0))
             out.sub_(2 * u.gather(-2, last).mT * flip[..., None, :])
         _repair(x, out, flip, special, size.amin(-1) <= least)
@@ -388,7 +388,7 @@ def polar_by_inverses(x, out, flip, special):
     bad = ~(gram.abs().amax((-2, -1)) <= 1e-3)
     flip.zero_()
     if special:
-        negative = (torch.linalg.det(out) < 0) & ~bad
+        negative = (_sign(out) < 0) & ~bad
         if negative.any():
             r = out[negative]
             h = r.mT @ x[negative]
