@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fourdperf.models import niso
+from fourdperf.models import niso, niso_nets
 from fourdperf.models.checkpoint import CheckpointError
 from fourdperf.models.niso import Autoencoder, Classifier, Config, IsometricOperator, PosePredictor
 from fourdperf.train import niso_loss
@@ -223,7 +223,7 @@ def test_model_errors():
         (lambda: Classifier(model.config), "config: expected kind 'classifier' for Classifier, got 'autoencoder'"),
         (lambda: niso.lift_se3(a), r"x: expected nine numbers \(.., 9\)"),
         (lambda: niso.inverse_se3(a), r"pose: expected \(.., 4, 4\)"),
-        (lambda: niso.SkipMLP(3, 4, 1, 5), "num_layers: expected at least 2"),
+        (lambda: niso_nets.SkipMLP(3, 4, 1, 5), "num_layers: expected at least 2"),
         (lambda: niso_loss.l1(a, b[:1]), "a and b: expected one shape"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -234,7 +234,7 @@ def test_model_errors():
 
 
 def test_instance_norm():
-    norm = niso.InstanceNorm(3).double()
+    norm = niso_nets.InstanceNorm(3).double()
     x = random(2, 5, 7, 3)
     y = norm(4 * x + 3)
     assert y.mean((1, 2)).abs().max() < 1e-12 and (y.std((1, 2), unbiased=False) - 1).abs().max() < 1e-6
@@ -257,8 +257,8 @@ def test_biases_do_nothing():
 
 def test_odd_sizes():
     """Pixels that do not fill a mean are dropped, as the golden of three levels has it; a decoder doubles."""
-    encoder = niso.ConvEncoder(3, (4, 5, 6), (1, 1, 1), 7)
-    decoder = niso.ConvDecoder(7, (6, 5, 4), (1, 1, 1), 3)
+    encoder = niso_nets.ConvEncoder(3, (4, 5, 6), (1, 1, 1), 7)
+    decoder = niso_nets.ConvDecoder(7, (6, 5, 4), (1, 1, 1), 3)
     fields = encoder(torch.randn(2, 11, 14, 3))
     assert fields.shape == (2, 2, 3, 7) and decoder(fields).shape == (2, 8, 12, 3)
 
@@ -267,7 +267,7 @@ def test_odd_sizes():
 def test_equivariance(upstream_modules):
     """Rotated vectors give rotated vectors, and at the end the same numbers."""
     torch.manual_seed(0)
-    net = niso.OrthogonalNet(6, 5, 4, 3, 7, upstream_modules=upstream_modules).double()
+    net = niso_nets.OrthogonalNet(6, 5, 4, 3, 7, upstream_modules=upstream_modules).double()
     x, turn = random(2, 9, 6), rotation(9)
     mlp = net.mlp_in
     assert (mlp(turn @ x) - turn @ mlp(x)).abs().max() < 1e-12
@@ -277,17 +277,17 @@ def test_equivariance(upstream_modules):
 
 def test_all_modules_run():
     """Ours are pairs; the original's, for the same number of layers, about half of them."""
-    pairs = lambda n, half: [type(x).__name__ for x in niso.OrthogonalMLP(3, 4, n, upstream_modules=half).layers]
+    pairs = lambda n, half: [type(x).__name__ for x in niso_nets.OrthogonalMLP(3, 4, n, upstream_modules=half).layers]
     assert pairs(2, False) == ["OrthogonalNorm", "OrthogonalNeuron"] * 2
     assert pairs(3, True) == ["OrthogonalNorm", "OrthogonalNeuron", "OrthogonalNorm"]
-    net = niso.OrthogonalNet(3, 4, 5, 2, 6)
+    net = niso_nets.OrthogonalNet(3, 4, 5, 2, 6)
     assert len(net.mlp_in.layers) == 6 and len(net.mlp_out.layers) == 4
 
 
 def test_neuron():
     """From the definition: the part of q along k goes through SiLU's gate."""
     torch.manual_seed(0)
-    neuron = niso.OrthogonalNeuron(4, 1).double()
+    neuron = niso_nets.OrthogonalNeuron(4, 1).double()
     x = random(1, 6, 4)
     q, k = (x @ w.weight.T for w in (neuron.query, neuron.key))
     q, k = q.flatten(), k.flatten()

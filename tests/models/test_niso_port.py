@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fourdperf.convert import niso as convert
-from fourdperf.models import niso
+from fourdperf.models import niso, niso_nets
 from fourdperf.models.niso import IsometricOperator, inverse_se3, lift_se3
 from fourdperf.train import niso_loss
 from fourdperf.train.schedule import learning_rate
@@ -52,7 +52,7 @@ def test_operator(name):
 
 
 def test_instance_norm():
-    check_part("conv_layernorm", niso.InstanceNorm(4), _renamed(convert.instance_norm("", "", 4)))
+    check_part("conv_layernorm", niso_nets.InstanceNorm(4), _renamed(convert.instance_norm("", "", 4)))
 
 
 def _renamed(rows):
@@ -62,7 +62,7 @@ def _renamed(rows):
 
 def test_res_block():
     rows = convert.res_block("", "", 4, 9, 3, True)
-    check_part("conv_resblock", niso.ResBlock(4, 9, 3, bias=True), rows)
+    check_part("conv_resblock", niso_nets.ResBlock(4, 9, 3, bias=True), rows)
 
 
 @pytest.mark.parametrize("name", names("conv_encoder"))
@@ -70,7 +70,7 @@ def test_encoder(name):
     sizes = Case(name).model
     inputs = Case(name).inputs["x"].shape[-1]
     args = (inputs, sizes["channels"], sizes["block_depth"], sizes["out_dim"], sizes["kernel_size"])
-    check_part(name, niso.ConvEncoder(*args, bias=True), convert.encoder("", "", *args, 48, True))
+    check_part(name, niso_nets.ConvEncoder(*args, bias=True), convert.encoder("", "", *args, 48, True))
 
 
 @pytest.mark.parametrize("name", names("conv_decoder"))
@@ -78,27 +78,27 @@ def test_decoder(name):
     sizes = Case(name).model
     inputs = Case(name).inputs["x"].shape[-1]
     args = (inputs, sizes["channels"], sizes["block_depth"], sizes["out_dim"], sizes["kernel_size"])
-    check_part(name, niso.ConvDecoder(*args, bias=True), convert.decoder("", "", *args, True))
+    check_part(name, niso_nets.ConvDecoder(*args, bias=True), convert.decoder("", "", *args, True))
 
 
 def test_orthogonal_neuron():
-    check_part("equiv_orth_neuron", niso.OrthogonalNeuron(6, 9), _renamed(convert.orthogonal_neuron("", "", 6, 9)))
+    check_part("equiv_orth_neuron", niso_nets.OrthogonalNeuron(6, 9), _renamed(convert.orthogonal_neuron("", "", 6, 9)))
 
 
 def test_orthogonal_norm():
-    check_part("equiv_orth_norm", niso.OrthogonalNorm(6), _renamed(convert.orthogonal_norm("", "", 6)))
+    check_part("equiv_orth_norm", niso_nets.OrthogonalNorm(6), _renamed(convert.orthogonal_norm("", "", 6)))
 
 
 @pytest.mark.parametrize("name", names("equiv_orth_mlp"))
 def test_orthogonal_mlp(name):
     sizes = Case(name).model
     width, layers = sizes["features"] * sizes.get("factor", 1), sizes["num_layers"]
-    module = niso.OrthogonalMLP(5, width, layers, upstream_modules=True)
+    module = niso_nets.OrthogonalMLP(5, width, layers, upstream_modules=True)
     check_part(name, module, convert.orthogonal_mlp("", "", 5, width, layers))
 
 
 def test_orthogonal_out():
-    check_part("equiv_orth_out", niso.OrthogonalOut(6, 7, 8), convert.orthogonal_out("", "", 6, 7, 8))
+    check_part("equiv_orth_out", niso_nets.OrthogonalOut(6, 7, 8), convert.orthogonal_out("", "", 6, 7, 8))
 
 
 @pytest.mark.parametrize("name", names("equiv_orth_net"))
@@ -106,7 +106,7 @@ def test_orthogonal_net(name):
     case = Case(name)
     sizes = case.model
     args = (case.inputs["x"].shape[-1], sizes["features"], sizes["num_layers"], sizes["out_dim"])
-    module = niso.OrthogonalNet(*args, sizes["inter_features"], upstream_modules=True)
+    module = niso_nets.OrthogonalNet(*args, sizes["inter_features"], upstream_modules=True)
     check_part(name, module, convert.orthogonal_net("", "", *args, sizes["inter_features"], True))
 
 
@@ -114,7 +114,7 @@ def test_orthogonal_net(name):
 def test_plain_nets(name):
     sizes = Case(name).model
     args = (Case(name).inputs["x"].shape[-1], sizes["features"], sizes["num_layers"], sizes["out_dim"])
-    make, rows = (niso.SkipMLP, convert.skip_mlp) if name.startswith("skip") else (niso.MLP, convert.mlp)
+    make, rows = (niso_nets.SkipMLP, convert.skip_mlp) if name.startswith("skip") else (niso_nets.MLP, convert.mlp)
     first = not sizes["skip_init_act"]
     check_part(name, make(*args, first_activation=first), rows("", "", *args, first))
 

@@ -20,7 +20,8 @@ from fourdperf.convert.flax_tree import nested, unpacked
 from fourdperf.convert.niso import table
 from fourdperf.jax.models.layers import read_pretrained, tap
 from fourdperf.jax.ops import procrustes
-from fourdperf.models.niso import DAMPING_START, LENGTH_FLOOR, MASS_FLOOR, MODEL, MODELS, NEURON_EPS, NORM_EPS, Config
+from fourdperf.models.niso import LENGTH_FLOOR, MASS_FLOOR, MODEL, MODELS, Config
+from fourdperf.models.niso_nets import DAMPING_START, NEURON_EPS, NORM_EPS
 from fourdperf.train.niso_loss import NORM_EPS as LOSS_EPS
 from fourdperf.train.niso_loss import TINY
 
