@@ -38,6 +38,7 @@ from torch import Tensor
 from fourdperf.data.cameras import check_poses, normalise_intrinsics
 from fourdperf.data.images import crop_middle
 from fourdperf.data.scene_files import decode_image
+from fourdperf.geometry import invert_rigid
 
 __all__ = ["Co3d", "open_co3d", "world_from_pytorch3d"]
 
@@ -240,12 +241,7 @@ def world_from_pytorch3d(rotation: np.ndarray, translation: np.ndarray, name: st
     camera_from_world[..., :3, :3] = flip[:, None] * np.swapaxes(rotation, -1, -2)
     camera_from_world[..., :3, 3] = flip * translation
     camera_from_world[..., 3, 3] = 1
-    rigid = check_poses(camera_from_world, name)
-    world = np.zeros_like(rigid)
-    world[..., :3, :3] = np.swapaxes(rigid[..., :3, :3], -1, -2)
-    world[..., :3, 3] = -np.einsum("...ij,...j->...i", world[..., :3, :3], rigid[..., :3, 3])
-    world[..., 3, 3] = 1
-    return world
+    return invert_rigid(torch.from_numpy(check_poses(camera_from_world, name))).numpy()
 
 
 def _read_list(file: Path) -> list[tuple[str | None, str | None, str]]:

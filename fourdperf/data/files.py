@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["NpyWriter", "atomic_path", "output_folder", "write_bytes", "write_text"]
+__all__ = ["NpyWriter", "atomic_path", "output_folder", "require_h5py", "write_bytes", "write_text"]
 
 
 @contextlib.contextmanager
@@ -132,3 +132,16 @@ def output_folder(path: str | os.PathLike) -> Iterator[Path]:
         if created and not any(path.iterdir()):
             path.rmdir()
         raise
+
+
+def require_h5py():
+    """The package h5py.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        import h5py
+    except ImportError as error:
+        raise ImportError("HDF5 files need the package h5py: pip install 'fourdperf[train]'") from error
+    return h5py

@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from fourdperf.data.files import atomic_path, write_text
+from fourdperf.data.files import atomic_path, require_h5py, write_text
 
 __all__ = [
     "AUGMENTATIONS",
@@ -228,7 +228,7 @@ def create_functaset(
         OSError: a file cannot be written.
     """
     out, done = Path(out), {}
-    _h5py()
+    require_h5py()
     counts = {split: _count(dataset, split, recipe) for split, dataset in datasets.items()}
     identity = {"recipe": recipe.to_dict(), "signals": counts, "weights": fingerprint(model)}
     if rank == 0:
@@ -347,7 +347,7 @@ def _merge(out: Path, split: str, count: int, model: nn.Module, identity: dict, 
     row = tuple(model.zeros(1).shape[1:])
     chunk = (max(1, min(count, CHUNK_BYTES // (4 * math.prod(row)))), *row)
     total, squares = np.zeros(row[-1]), np.zeros(row[-1])
-    with atomic_path(out / f"{split}.h5") as temporary, _h5py().File(temporary, "w", libver="v110") as file:
+    with atomic_path(out / f"{split}.h5") as temporary, require_h5py().File(temporary, "w", libver="v110") as file:
         for name, dtype in NAMES.items():
             shape, chunks = ((count, *row), chunk) if name == "latents" else ((count,), (min(count, 8192),))
             file.create_dataset(name, shape, dtype, chunks=chunks, fletcher32=True)
@@ -446,7 +446,7 @@ class Functaset(Dataset):
         if not self.path.is_file():
             raise FileNotFoundError(f"no functaset: {self.path}; fourdperf functaset create makes one")
         try:
-            with _h5py().File(self.path, "r") as file:  # not kept: a worker must not inherit it
+            with require_h5py().File(self.path, "r") as file:  # not kept: a worker must not inherit it
                 self._describe(file)
                 self.latents = torch.from_numpy(file["latents"][:]) if in_memory else None
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -494,7 +494,7 @@ class Functaset(Dataset):
     def _file(self):
         """The file as this process has opened it."""
         if self._open is None or self._open[0] != os.getpid():
-            self._open = os.getpid(), _h5py().File(self.path, "r")
+            self._open = os.getpid(), require_h5py().File(self.path, "r")
         return self._open[1]
 
     def __getstate__(self) -> dict:
@@ -559,11 +559,3 @@ def _patches(images: Tensor, size: int) -> Tensor:
     down, across = p * size - height, q * size - width
     padded = F.pad(images, (0, 0, across // 2, across - across // 2, down // 2, down - down // 2))
     return padded.reshape(batch, size, p, size, q, channels).transpose(2, 3).reshape(batch, size, size, -1)
-
-
-def _h5py():
-    try:
-        import h5py
-    except ImportError as error:
-        raise ImportError("functasets need the package h5py: pip install 'fourdperf[train]'") from error
-    return h5py

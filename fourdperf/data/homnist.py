@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from fourdperf.data.files import require_h5py
 from fourdperf.data.images import ArrayImages, Images
-from fourdperf.data.niso_shards import require_h5py
 
 __all__ = ["PlacedImages", "homnist_file", "read_homnist"]
 

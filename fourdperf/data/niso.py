@@ -42,10 +42,11 @@ ORDER = 2**32 - 1  # pass v's order is drawn like number ORDER - v
 
 
 class InMemory(Dataset):
-    """The items of a source, read once."""
+    """The items of a source, read once; `classes` are its own."""
 
     def __init__(self, source: ItemSource):
         items = [source[i] for i in range(len(source))]
+        self.classes = getattr(source, "classes", ())
         self.x, self.labels = torch.stack([item["x"] for item in items]), [int(item["label"]) for item in items]
 
     def __len__(self) -> int:

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from fourdperf.data.files import atomic_path, write_text
+from fourdperf.data.files import atomic_path, require_h5py, write_text
 
 __all__ = [
     "ItemSource",
@@ -42,7 +42,6 @@ __all__ = [
     "Sequences",
     "Shards",
     "read_description",
-    "require_h5py",
     "write_shards",
 ]
 
@@ -284,16 +283,3 @@ class Sequences(Shards):
             rows = self._rows(shard, name, slice(low, high))[np.asarray(numbers) + first - low]
             found[name] = torch.from_numpy(rows)
         return {**found, "video": found["video"].float() / 255}
-
-
-def require_h5py():
-    """The package h5py.
-
-    Raises:
-        ImportError: it is not installed.
-    """
-    try:
-        import h5py
-    except ImportError as error:
-        raise ImportError("HDF5 files need the package h5py: pip install 'fourdperf[train]'") from error
-    return h5py

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fourdperf.models.layers import attention, like, tap
+from fourdperf.models.layers import attention, like, tap, wide
 
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -270,7 +270,7 @@ class VectorQuantizer(nn.Module):
     def forward(self, z: Tensor) -> Quantized:
         """z `(.., C)`, floating; the search is in fp32 or wider, under autocast too."""
         with torch.autocast(z.device.type, enabled=False):
-            z, codes = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (z, self.codes()))
+            z, codes = (x.to(wide(x.dtype)) for x in (z, self.codes()))
             flat = z.flatten(0, -2)
             indices = nearest(flat.detach(), codes.detach())
             found = codes[indices].view_as(z)

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from fourdperf.data.toric import eigenspaces, toric_eigs
-from fourdperf.geometry import rotation_angle
+from fourdperf.geometry import relative_pose, rotation_angle
 from fourdperf.metrics import pose_metrics
-from fourdperf.models.niso import Autoencoder, Basis, Classifier, Model, PosePredictor, inverse_se3
+from fourdperf.models.niso import Autoencoder, Basis, Classifier, Model, PosePredictor
 from fourdperf.train.evaluate_d4rt import format_table
 from fourdperf.train.niso import collate_frames, collate_items
 from fourdperf.train.niso_runs import family, source, split_pairs
@@ -326,7 +326,7 @@ def _poses(model: PosePredictor, test: Dataset) -> Table:
     """
     rows: dict[str, list[dict[str, float]]] = {}
     for video, poses, intrinsics in DataLoader(test, POSE_BATCH, collate_fn=collate_items):
-        truth, ours = inverse_se3(poses[:, :-1]) @ poses[:, 1:], model(video).float()
+        truth, ours = relative_pose(poses[:, :-1], poses[:, 1:]), model(video).float()
         for i in range(len(video)):
             found = {
                 "isometries": ours[i],

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fourdperf.models.niso import IsometricOperator, Related, inverse_se3
+from fourdperf.geometry import relative_pose
+from fourdperf.models.layers import wide
+from fourdperf.models.niso import IsometricOperator, Related
 
 __all__ = [
     "classification_loss",
@@ -36,7 +38,7 @@ def l1(a: Tensor, b: Tensor) -> Tensor:
     """The mean of |a - b|; raises ValueError for two shapes."""
     if a.shape != b.shape:
         raise ValueError(f"a and b: expected one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
-    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    dtype = wide(torch.promote_types(a.dtype, b.dtype))
     return (a.to(dtype) - b.to(dtype)).abs().mean()
 
 
@@ -83,7 +85,7 @@ def encode_loss(related: Related, a: Tensor, b: Tensor, *, alpha: float, beta: f
 
 def classification_loss(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """Cross-entropy of logits `(B, classes)` and labels `(B,)`; "acc" is the share of right answers."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits.to(wide(logits.dtype))
     acc = (logits.detach().argmax(-1) == labels).to(logits.dtype).mean()
     return {"loss": F.cross_entropy(logits, labels), "acc": acc}
 
@@ -91,7 +93,7 @@ def classification_loss(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
 def pose_loss(relative: Tensor, poses: Tensor) -> dict[str, Tensor]:
     """rotation + position, of predicted poses `(B, T - 1, 4, 4)` of each frame seen from the one before, and of the
     frames' own, `(B, T, 4, 4)`, world from camera."""
-    truth = inverse_se3(poses[:, :-1]) @ poses[:, 1:]
+    truth = relative_pose(poses[:, :-1], poses[:, 1:])
     rotation = orientation_loss(truth[..., :3, :3], relative[..., :3, :3])
     position, _ = scale_procrustes(truth[..., :3, 3], relative[..., :3, 3])
     return {"loss": rotation + position, "rotation": rotation, "position": position}

@@ -15,7 +15,8 @@ from fourdperf.data.chart import line_chart
 from fourdperf.data.pictures import enlarge, label, side_by_side, stack
 from fourdperf.data.toric import heat_kernel, toric_eigs
 from fourdperf.data.video import write_png
-from fourdperf.models.niso import Autoencoder, Basis, Classifier, PosePredictor, inverse_se3
+from fourdperf.geometry import relative_pose
+from fourdperf.models.niso import Autoencoder, Basis, Classifier, PosePredictor
 from fourdperf.train.callbacks import RunPictures, curve_picture
 from fourdperf.train.evaluate_niso import chain, toric_match
 from fourdperf.train.niso_runs import Run, source, split_pairs
@@ -202,7 +203,7 @@ def trajectories_picture(relative: Tensor, poses: Tensor) -> np.ndarray:
     relative, poses = relative.detach().cpu().double(), poses.cpu().double()
     charts = []
     for found, true in zip(relative, poses):
-        steps = inverse_se3(true[:-1]) @ true[1:]
+        steps = relative_pose(true[:-1], true[1:])
         scale = (steps[:, :3, 3] * found[:, :3, 3]).sum() / found[:, :3, 3].square().sum().clamp(min=1e-12)
         found = found.clone()
         found[:, :3, 3] *= scale

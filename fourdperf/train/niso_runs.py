@@ -227,21 +227,15 @@ def source(options: Mapping[str, Any], split: str):
         if split == "val" and "val" not in read_description(folder)["items"]:
             split = "test"  # SHREC'11 has two
         items = Items(folder, split)
-        return _in_memory(items) if options["in_memory"] else items
+        return InMemory(items) if options["in_memory"] else items
     match family(options):
         case "laplacian":
             return _photographs(split, options["size"], options["slope"])
         case "hmnist":
             images = open_images(options["dataset"], split, None)
-            return _in_memory(PlacedImages(images, options["size"], options["digit"]))
+            return InMemory(PlacedImages(images, options["size"], options["digit"]))
     count = {"train": options["shapes"], "val": max(10, options["shapes"] // 8), "test": TEST_SHAPES}[split]
-    return _in_memory(StarShapes(split, count, (options["height"], options["width"])))
-
-
-def _in_memory(source) -> InMemory:
-    kept = InMemory(source)
-    kept.classes = source.classes
-    return kept
+    return InMemory(StarShapes(split, count, (options["height"], options["width"])))
 
 
 def _photographs(split: str, size: int, slope: float | None) -> InMemory:
