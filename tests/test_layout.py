@@ -21,7 +21,7 @@ PIECES = (
 WAIVED: dict[str, str] = {
     "csrc/cross_attention/cross_attention_cuda.cu": "tensor cores are left to Triton, which knows each architecture's",
 }
-SHARED = ("__init__", "checkpoint", "config", "convolutions", "layers", "niso_nets", "token_blocks")
+SHARED = ("__init__", "checkpoint", "config", "convolutions", "layers", "niso_nets", "token_blocks", "tokenizers")
 OF_TOKENIZER = ("maskgit_vqgan", "titok", "token_generator")  # one mirror, converter and test file with tokenizer.py
 MODELS = [file.stem for file in (ROOT / "fourdperf/models").glob("*.py") if file.stem not in (*SHARED, *OF_TOKENIZER)]
 
