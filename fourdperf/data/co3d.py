@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from fourdperf.data.cameras import check_poses, normalise_intrinsics
-from fourdperf.data.images import crop_middle
+from fourdperf.data.images import crop
 from fourdperf.data.scene_files import decode_image
 from fourdperf.geometry import invert_rigid
 
@@ -92,7 +92,7 @@ class Co3d:
         image = decode_image(path.read_bytes(), str(path), cv2.IMREAD_COLOR)
         if image.shape[:2] != wanted:
             raise ValueError(f"{path}: wanted {wanted} pixels, as frame_annotations.jgz says, got {image.shape[:2]}")
-        return cv2.cvtColor(crop_middle(image, self.size), cv2.COLOR_BGR2RGB)
+        return cv2.cvtColor(crop(image, self.size), cv2.COLOR_BGR2RGB)
 
 
 def open_co3d(

@@ -4,7 +4,7 @@
     mnist      train-images-idx3-ubyte, train-labels-idx1-ubyte, and the same with t10k, as they are or as .gz
     cifar10    cifar-10-batches-bin (data_batch_1.bin ... test_batch.bin), or cifar-10-batches-py
     folder     images in any sub-folders; the first sub-folder's name is the label. Folders train, val and test at the
-               top are the splits; without them all images are split 8 : 1 : 1, and without val a tenth of train is val
+               top are the splits; without any all images are split 8 : 1 : 1, and without val a tenth of train is val
 
 The test sets of MNIST and CIFAR-10 are their own; a tenth of their training images is val. What is drawn depends on the
 seed alone. Files are looked for in `root`, which is the environment's DATA_PATH by default, and in the folders below it
@@ -19,7 +19,7 @@ import io
 import os
 import pickle
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -31,7 +31,18 @@ from torch.utils.data import Dataset
 
 from fourdperf.data.scene_files import IMAGE_SUFFIXES, decode_image
 
-__all__ = ["ArrayImages", "FolderImages", "Images", "Name", "Split", "crop_middle", "open_images"]
+__all__ = [
+    "SPLITS",
+    "ArrayImages",
+    "FolderImages",
+    "Images",
+    "Name",
+    "Split",
+    "crop",
+    "open_images",
+    "part",
+    "source_of",
+]
 
 Name = Literal["digits", "mnist", "cifar10", "folder"]
 Split = Literal["train", "val", "test"]
@@ -106,7 +117,7 @@ class FolderImages(Images):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path = self.paths[index]
         colours = cv2.IMREAD_COLOR if self.channels == 3 else cv2.IMREAD_GRAYSCALE
-        image = crop_middle(decode_image(path.read_bytes(), str(path), colours), self.image_size)
+        image = crop(decode_image(path.read_bytes(), str(path), colours), self.image_size)
         image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB) if self.channels == 3 else image[..., None]
         return torch.from_numpy(image).float() / 255, self.labels[index]
 
@@ -153,7 +164,7 @@ def _digits(split: Split, seed: int) -> Images:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    mine = _part(len(digits.target), split, SPLITS, seed)
+    mine = part(len(digits.target), split, SPLITS, seed)
     pixels = digits.images.astype(np.uint8)[mine, ..., None]
     return ArrayImages("digits", pixels, digits.target[mine], tuple("0123456789"), white=16)
 
@@ -169,7 +180,7 @@ def _mnist(split: Split, root: Path, seed: int) -> Images:
     if len(labels) != len(images):
         raise ValueError(f"{labels_file}: wanted a label for each of {len(images)} images, got {len(labels)}")
     if split != "test":
-        mine = _part(len(images), split, ("train", "val"), seed)
+        mine = part(len(images), split, ("train", "val"), seed)
         images, labels = images[mine], labels[mine]
     return ArrayImages("mnist", images[..., None], labels, tuple("0123456789"))
 
@@ -205,7 +216,7 @@ def _cifar10(split: Split, root: Path, seed: int) -> Images:
     read = [_cifar10_batch(_find("cifar10", root, batch, ("", ".bin"))) for batch in batches]
     pixels, labels = (np.concatenate(arrays) for arrays in zip(*read))
     if split != "test":
-        mine = _part(len(pixels), split, ("train", "val"), seed)
+        mine = part(len(pixels), split, ("train", "val"), seed)
         pixels, labels = pixels[mine], labels[mine]
     return ArrayImages("cifar10", pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels, CIFAR10_CLASSES)
 
@@ -284,23 +295,19 @@ def _folder(split: Split, root: Path, size: tuple[int, int], channels: int, seed
         raise ValueError(f"channels: wanted 1 or 3, got {channels}")
     if not root.is_dir():
         raise FileNotFoundError(f"folder: wanted a folder of images, there is none: {root}")
-    splits, top, together = [name for name in SPLITS if (root / name).is_dir()], root / split, (split,)
-    if "train" not in splits:
-        top, together = root, SPLITS
-    elif split != "test" and "val" not in splits:
-        top, together = root / "train", ("train", "val")
-    elif split not in splits:
-        raise FileNotFoundError(f"folder: there is a folder {root / 'train'}, but none {top}")
+    splits = [name for name in SPLITS if (root / name).is_dir()]
+    source, together = source_of(splits, split, f"folders of {root}")
+    top = root / source
     paths = _files(top)
     names = [path.relative_to(top).parts[:-1] for path in paths]
     classes = sorted({parts[0] for parts in names if parts})
-    if split in splits and split != "train":
+    if "train" in splits and source == split != "train":
         known = sorted(entry.name for entry in os.scandir(root / "train") if entry.is_dir())
         if not set(classes) <= set(known):
             raise ValueError(f"{top}: wanted the sub-folders of {root / 'train'}: {known}, got {classes}")
         classes = known
     labels = [classes.index(parts[0]) if parts else 0 for parts in names]
-    mine = _part(len(paths), split, together, seed)
+    mine = part(len(paths), split, together, seed)
     return FolderImages("folder", [paths[i] for i in mine], [labels[i] for i in mine], classes, size, channels)
 
 
@@ -312,14 +319,15 @@ def _files(folder: Path) -> list[Path]:
     return paths
 
 
-def crop_middle(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The middle of an image (h, w, ...), as large as possible, brought to `size`."""
+def crop(image: np.ndarray, size: tuple[int, int], place: tuple[float, float] = (0.5, 0.5)) -> np.ndarray:
+    """A part of an image (h, w, ...), as large as possible, brought to `size`; `place` (down, across) is where, from 0
+    to 1: by default the middle."""
     height, width = image.shape[:2]
     scale = max(size[0] / height, size[1] / width)
     enlarged = max(size[0], round(height * scale)), max(size[1], round(width * scale))
     method = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
     image = cv2.resize(image, enlarged[::-1], interpolation=method)
-    top, left = ((n - m) // 2 for n, m in zip(enlarged, size))
+    top, left = (int((n - m) * share) for n, m, share in zip(enlarged, size, place))
     return np.ascontiguousarray(image[top : top + size[0], left : left + size[1]])
 
 
@@ -353,7 +361,23 @@ def _size(image_size: int | tuple[int, int] | None) -> tuple[int, int]:
     return size
 
 
-def _part(count: int, split: Split, splits: Sequence[Split], seed: int) -> np.ndarray:
+def source_of(found: Collection[str], split: Split, where: str) -> tuple[str, tuple[Split, ...]]:
+    """Which of the splits `found` in `where` a split is taken from ("" for all that there is), and the splits that are
+    taken from there together: where none is found all of them; without val, train and val from train.
+
+    Raises:
+        FileNotFoundError: there are some, but not this one.
+    """
+    if not found:
+        return "", SPLITS
+    if split != "test" and "train" in found and "val" not in found:
+        return "train", ("train", "val")
+    if split not in found:
+        raise FileNotFoundError(f"split: there is {', '.join(sorted(found))} among the {where}, but no {split}")
+    return split, (split,)
+
+
+def part(count: int, split: Split, splits: Sequence[Split], seed: int) -> np.ndarray:
     """Which of `count` images are a split's, sorted: a tenth each for all of `splits` but train, at least one."""
     if count < len(splits):
         raise ValueError(f"wanted at least {len(splits)} images to split into {', '.join(splits)}, got {count}")

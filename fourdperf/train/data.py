@@ -80,7 +80,7 @@ class BatchNumbers(Sampler[list[int]]):
 
 class Shuffled(Dataset):
     """A finite data set as an endless one: number i is item i mod n of pass i // n, each pass in an order of its own;
-    its length is that of a pass."""
+    its length is that of a pass. Where the data set has `visited(item, visit)`, it gives the item of each pass."""
 
     def __init__(self, dataset: Dataset, seed: int):
         self.dataset, self.seed, self.last = dataset, seed, (-1, None)
@@ -95,7 +95,8 @@ class Shuffled(Dataset):
         if self.last[0] != visit:
             generator = clip_generator(self.seed, 2**32 - 1 - visit)
             self.last = visit, torch.randperm(len(self.dataset), generator=generator)
-        return self.dataset[int(self.last[1][position])]
+        item, visited = int(self.last[1][position]), getattr(self.dataset, "visited", None)
+        return self.dataset[item] if visited is None else visited(item, visit)
 
 
 def collate(clips: Sequence[Clip]) -> Clip:

@@ -294,7 +294,7 @@ def test_damaged_folder(tmp_path):
         open_images("folder", "train", tmp_path)[0]
     (tmp_path / "train").mkdir()
     write(tmp_path / "train" / "0.png", draw(8, 8, 3))
-    with pytest.raises(FileNotFoundError, match="but none .*test"):
+    with pytest.raises(FileNotFoundError, match="there is train among .*, but no test"):
         open_images("folder", "test", tmp_path)
 
 
