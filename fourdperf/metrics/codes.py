@@ -51,7 +51,7 @@ def co_occurrence(codes: Tensor, size: int, most: int = MOST_CODES) -> tuple[Ten
 
 
 def code_clusters(correlation: Tensor, clusters: int) -> Tensor:
-    """Clusters of codes that come together: correlations `(M, M)` -> each code's cluster `(M,)`, of which 0 is the largest.
+    """Clusters of codes that come together: correlations `(M, M)` -> each code's cluster `(M,)`, 0 the largest.
 
     Average linkage of 1 - correlation. Raises ImportError without scikit-learn.
     """

@@ -23,7 +23,9 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     """The structural similarity of Wang et al. (IEEE TIP 13(4), 2004): pictures `(B, H, W, C)` in [0, 1] -> `(B,)`.
 
     The mean over channels and all places where the 11 x 11 Gaussian of deviation 1.5 lies inside the picture, as in the
-    authors' code and scikit-image (torchmetrics' mean has the reflected border in it). Raises ValueError for shapes that differ, or pictures smaller than 11 x 11.
+    authors' code and scikit-image; torchmetrics' mean has the reflected border in it.
+
+    Raises ValueError for shapes that differ, or pictures smaller than 11 x 11.
     """
     a, b = _checked(a, b)
     if min(a.shape[1:3]) < WINDOW:
