@@ -96,13 +96,17 @@ def init_encoder(
     OSError where a file cannot be read. The model is then as it was.
     """
     path, config = Path(source), model.config
-    found = _read_4ds(path, config) if _is_ours(path) else _read_videomae(path, config, grid, mean, std)
+    if _is_ours(path):
+        found = read_4ds(path, config.num_layers, _position_keys(config))
+    else:
+        found = _read_videomae(path, config, grid, mean, std)
     _check_facts(path, found, config)
     encoder = model.encoder
     wanted = {name: tuple(x.shape) for name, x in encoder.state_dict().items() if name in found.tensors}
     check_keys(str(path), wanted, {name: tuple(x.shape) for name, x in found.tensors.items()})
     positions, notes = _fit_positions(found.positions, config)
-    kernel, bias = _fit_kernel(found, config)
+    kernel, bias = fit_kernel(found.kernel, found.bias, config.patch_size, found.mean, found.std, config.centered)
+    kernel = kernel.permute(0, 2, 3, 4, 1).flatten(1)
     tokenizer = "tokenizer.patch_embedding.projection"
     tensors = {**found.tensors, **positions, f"{tokenizer}.weight": kernel, f"{tokenizer}.bias": bias}
     with torch.no_grad():
@@ -159,18 +163,21 @@ def _fit_positions(positions: Tensor, config: Config) -> tuple[dict[str, Tensor]
     return {"tokenizer.temporal": temporal, "tokenizer.spatial": spatial}, notes
 
 
-def _fit_kernel(found: Source, config: Config) -> tuple[Tensor, Tensor]:
-    """Weight `(D, t h w 3)` and bias of our patch embedding."""
-    kernel = found.kernel.double()
-    for axis, size in enumerate(config.patch_size, start=2):
+def fit_kernel(
+    kernel: Tensor, bias: Tensor, sizes: Sequence[int], mean: Sequence[float], std: Sequence[float], centered: bool
+) -> tuple[Tensor, Tensor]:
+    """A patch kernel `(D, 3, ..)` made `(D, 3, *sizes)`, and its bias `(D,)`, in float64, for pixels in [-1, 1] where
+    `centered`, else in [0, 1]; the originals are for (x - mean) / std of pixels x in [0, 1]."""
+    kernel = kernel.double()
+    for axis, size in enumerate(sizes, start=2):
         if kernel.shape[axis] != size:
             larger = resize(torch.eye(kernel.shape[axis], dtype=torch.float64), size, 0, method="linear")
             kernel = (kernel.movedim(axis, -1) @ torch.linalg.pinv(larger)).movedim(-1, axis)
     # theirs = (x - mean) / std of a pixel x, ours = 2 x - 1 or x: theirs = scale * ours + shift
-    mean, std = (torch.tensor(x, dtype=torch.float64).view(3, 1, 1, 1) for x in (found.mean, found.std))
-    scale, shift = (0.5 / std, (0.5 - mean) / std) if config.centered else (1 / std, -mean / std)
-    bias = found.bias.double() + (kernel * shift).sum((1, 2, 3, 4))
-    return (kernel * scale).permute(0, 2, 3, 4, 1).flatten(1), bias
+    axes = [1] * len(sizes)
+    mean, std = (torch.tensor(x, dtype=torch.float64).view(3, *axes) for x in (mean, std))
+    scale, shift = (0.5 / std, (0.5 - mean) / std) if centered else (1 / std, -mean / std)
+    return kernel * scale, bias.double() + (kernel * shift).flatten(1).sum(1)
 
 
 # 4DS
@@ -183,7 +190,8 @@ def _is_ours(path: Path) -> bool:
         return False
 
 
-def _read_4ds(path: Path, config: Config) -> Source:
+def read_4ds(path: Path, num_layers: int, positions: Sequence[str]) -> Source:
+    """The first layers of a 4DS in a directory of ours; positions: names of the parameters made of its positions."""
     try:
         theirs = scaling4d.Config.from_dict(read_config(path, scaling4d.MODEL))
     except ValueError as error:
@@ -199,8 +207,8 @@ def _read_4ds(path: Path, config: Config) -> Source:
     state = read_state(path / WEIGHTS)
     embed = "encoder.tokenizer.patch_embedding.projection"
     names = {f"tokenizer.patch_embedding.projection.{kind}": (f"{embed}.{kind}",) for kind in ("weight", "bias")}
-    names |= dict.fromkeys(_position_keys(config), ("encoder.tokenizer.posenc",))
-    for index in range(min(config.num_layers, theirs.num_layers)):
+    names |= dict.fromkeys(positions, ("encoder.tokenizer.posenc",))
+    for index in range(min(num_layers, theirs.num_layers)):
         prefix = f"encoder.processor.layers.{index}."
         names |= {f"layers.{index}.{key.removeprefix(prefix)}": (key,) for key in state if key.startswith(prefix)}
     used = {key for keys in names.values() for key in keys}
