@@ -39,6 +39,7 @@ __all__ = [
     "Name",
     "Split",
     "crop",
+    "list_images",
     "open_images",
     "part",
     "source_of",
@@ -298,7 +299,7 @@ def _folder(split: Split, root: Path, size: tuple[int, int], channels: int, seed
     splits = [name for name in SPLITS if (root / name).is_dir()]
     source, together = source_of(splits, split, f"folders of {root}")
     top = root / source
-    paths = _files(top)
+    paths = list_images(top)
     names = [path.relative_to(top).parts[:-1] for path in paths]
     classes = sorted({parts[0] for parts in names if parts})
     if "train" in splits and source == split != "train":
@@ -311,7 +312,8 @@ def _folder(split: Split, root: Path, size: tuple[int, int], channels: int, seed
     return FolderImages("folder", [paths[i] for i in mine], [labels[i] for i in mine], classes, size, channels)
 
 
-def _files(folder: Path) -> list[Path]:
+def list_images(folder: Path) -> list[Path]:
+    """The images in a folder and below it, by name; raises FileNotFoundError where there is none."""
     found = (Path(where) / name for where, _, names in os.walk(folder, followlinks=True) for name in names)
     paths = sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."))
     if not paths:
