@@ -104,14 +104,15 @@ class Curves(Callback):
 
 
 def curve_picture(out: Path, column: str, title: str, y_label: str = "") -> np.ndarray:
-    """A column of a run's train.csv and val.csv over its steps."""
+    """A column of a run's train.csv and val.csv over its steps, of one of them where the other lacks it."""
     curves = {}
     for name in ("train", "val"):
         path = out / f"{name}.csv"
         if path.exists():
             with open(path, newline="") as file:
-                rows = [(float(row["step"]), float(row[column])) for row in csv.DictReader(file)]
-            curves[name] = tuple(zip(*rows))
+                rows = [(float(row["step"]), float(row[column])) for row in csv.DictReader(file) if column in row]
+            if rows:
+                curves[name] = tuple(zip(*rows))
     return line_chart(curves, title=title, x_label="step", y_label=y_label)
 
 

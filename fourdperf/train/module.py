@@ -34,14 +34,14 @@ class ModelTraining(LightningModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def log_norm(self, norm: Tensor) -> None:
-        """Log the gradient's norm; raises ValueError where it is not finite, before anything has moved.
+    def log_norm(self, norm: Tensor, name: str = "grad_norm") -> None:
+        """Log a gradient's norm; raises ValueError where it is not finite, before anything has moved.
 
         Gradients are averaged over the processes before this, so that all of them stop here.
         """
         if not norm.isfinite():
             raise ValueError(f"step {self.global_step}: {self.not_finite(norm)}; nothing was changed. {ADVICE}")
-        self.log("train/grad_norm", norm)
+        self.log(f"train/{name}", norm)
 
     def not_finite(self, norm: Tensor) -> str:
         """What is wrong, in words."""

@@ -81,7 +81,8 @@ class Weights(BaseConfig):
 def reconstruction_loss(
     recon: Tensor, images: Tensor, weights: Weights, perceptual: Measure | None, features: Measure | None = None
 ) -> dict[str, Tensor]:
-    """ "l1" and "l2", "perceptual" and "features" where these are given, each unweighted, and their sum "reconstruction".
+    """The parts, unweighted: "l1", "l2", and "perceptual" and "features" where given; and "reconstruction", their
+    weighted sum.
 
     perceptual: `(B,)` of two pictures. features: tokens `(B, P, D)` of pictures, by a network that is frozen.
     """
@@ -161,9 +162,10 @@ class Adversary(nn.Module):
             self.register_buffer("means", torch.zeros(2))  # of real, of fake
 
     def generator_terms(self, recon: Tensor, reconstruction: Tensor, last_layer: Tensor) -> dict[str, Tensor]:
-        """ "generator", the loss of pictures `recon`; "generator_weight"; and "adversarial", their product.
+        """Of pictures `recon`: their loss "generator", its weight "generator_weight", and the product "adversarial".
 
-        No gradient reaches the discriminator."""
+        No gradient reaches the discriminator.
+        """
         self.discriminator.requires_grad_(False)
         loss = generator_loss(self.weights.discriminator_loss, self.discriminator(recon).float())
         self.discriminator.requires_grad_(True)
@@ -172,7 +174,7 @@ class Adversary(nn.Module):
         return {"generator": loss.detach(), "generator_weight": weight, "adversarial": weight * loss}
 
     def discriminator_terms(self, images: Tensor, recon: Tensor) -> dict[str, Tensor]:
-        """ "discriminator", its loss; "real" and "fake", mean logits. No gradient reaches `recon`."""
+        """The loss "discriminator", and the mean logits "real" and "fake". No gradient reaches `recon`."""
         real, fake = (self.discriminator(x.detach()).float() for x in (images, recon))
         loss = discriminator_loss(self.weights.discriminator_loss, real, fake)
         if self.weights.lecam:
