@@ -7,8 +7,11 @@ import torch
 
 from fourdperf.convert import scaling4d as converter
 from fourdperf.models.scaling4d import Config, Scaling4D
+from fourdperf.models.titok import TiTok
+from fourdperf.models.tokenizer import Tokenizer
+from fourdperf.models.tokenizers import check_pictures, load_tokenizer
 
-__all__ = ["Device", "Dtype", "load_scaling4d", "pick_device"]
+__all__ = ["Device", "Dtype", "load_scaling4d", "open_tokenizer", "pick_device"]
 
 Dtype = Literal["float32", "bfloat16"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -44,3 +47,19 @@ def load_scaling4d(
     load = Scaling4D.from_pretrained if checkpoint.is_dir() else converter.load_npz
     model = load(checkpoint, dtype=dtype, device=device)
     return model, f"{checkpoint} (4DS-{model.config.variant or 'custom'})"
+
+
+def open_tokenizer(path: Path | None, device: Device, option: str = "--model") -> Tokenizer | TiTok:
+    """The tokenizer of a model's or a run's folder that decodes to pictures, in eval mode, without gradients.
+
+    Raises:
+        FileNotFoundError: there is nothing at ``path``.
+        ValueError: no path was given, or it is no tokenizer's that decodes to pictures.
+    """
+    if path is None:
+        raise ValueError(
+            f"{option}: wanted the folder of a tokenizer, or of a run of fourdperf train tokenizer, got none"
+        )
+    model = load_tokenizer(path)
+    check_pictures(model)
+    return model.to(pick_device(device)).requires_grad_(False)

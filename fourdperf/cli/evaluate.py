@@ -10,6 +10,7 @@ import torch
 
 from fourdperf.cli.checkpoints import Device, pick_device
 from fourdperf.cli.evaluate_niso import niso
+from fourdperf.cli.evaluate_tokenizer import tokenizer
 from fourdperf.cli.reconstruct import SHIPPED_WEIGHTS
 from fourdperf.data.files import write_text
 from fourdperf.data.queries import Clip
@@ -87,7 +88,7 @@ def d4rt(
         print(f"\nwrote {out}")
 
 
-evaluate = {"d4rt": d4rt, "niso": niso}
+evaluate = {"d4rt": d4rt, "niso": niso, "tokenizer": tokenizer}
 
 
 def _each(dataset: torch.utils.data.Dataset) -> Iterator[Clip]:

@@ -23,12 +23,24 @@ COMMANDS = {
     "fit": "learn fields that fit images in a few steps, or go on with a run",
     "functaset": "fit every image of a data set with a functa, and look at the latents",
     "niso_data": "raw data sets, or stand-ins, as shards that Neural Isometries train on",
+    "tokenize": "images as a file of tokens, a few dozen bytes each",
+    "detokenize": "the images of a file of tokens",
+    "reconstruct_images": "images through tokenizers of 16 to 256 tokens, beside JPEG and WebP of equal bytes",
+    "generate": "new images of a class: codes from a token generator, decoded by a tokenizer",
     "train": "train a model, or go on with a run",
     "evaluate": "how good a trained model is, against baselines",
     "demo": "everything on a small model, without any download",
     "export_scenes": "synthetic scenes as files, in the layouts that recorded videos have",
     "bench": "time ops and models against the best alternatives",
 }
+
+LISTS = {
+    "bench": ("names",),
+    "tokenize": ("images",),
+    "reconstruct_images": ("images", "models"),
+    "generate": ("classes",),
+}
+"""Options that take several words; words before any option are the first one's."""
 
 USER_ERROR = 2
 
@@ -43,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_help())
         return 0 if arguments else USER_ERROR
     name, *options = arguments
+    name = name if name.startswith("-") else name.replace("-", "_")
     if name == "--version":
         from importlib.metadata import version
 
@@ -71,16 +84,26 @@ def _run(name: str, options: list[str]) -> int | None:
     from jsonargparse import ArgumentError, auto_cli
 
     function = getattr(importlib.import_module(f"fourdperf.cli.{name}"), name)
-    if name == "bench":
-        # jsonargparse makes only required parameters positional, and `bench resize` should work as well as `bench`.
-        words = next((i for i, option in enumerate(options) if option.startswith("-")), len(options))
-        options = [f"--names+={word}" for word in options[:words]] + options[words:]
+    if name in LISTS:
+        options = _spelled_out(options, LISTS[name])
     if name == "train" and options and not options[0].startswith("-"):
         options = [*options[0].split("."), *options[1:]]  # train niso.laplacian
     try:
         return auto_cli(function, args=options, prog=f"fourdperf {name}", exit_on_error=False)
     except ArgumentError as error:
         return _fail(f"fourdperf {name}", f"{error} (see fourdperf {name} --help)")
+
+
+def _spelled_out(options: list[str], lists: Sequence[str]) -> list[str]:
+    """`WORD --models A B` as jsonargparse has it, `--images+=WORD --models+=A --models+=B`."""
+    found, into = [], lists[0]
+    for option in options:
+        if option.startswith("-"):
+            into = option[2:] if option[2:] in lists else None
+            if into:
+                continue
+        found.append(f"--{into}+={option}" if into else option)
+    return found
 
 
 def _fail(who: str, message: str) -> int:
