@@ -55,13 +55,14 @@ def make_trainer(
 
     from fourdperf.train.callbacks import AtomicCheckpoints, Checkpoints, Curves
 
-    out, strategy, devices = options["out"], options["strategy"], options["devices"]
+    out, strategy, devices, nodes = options["out"], options["strategy"], options["devices"], options.get("num_nodes", 1)
     if strategy == "fsdp":
-        strategy = ModelParallelStrategy(devices, 1, save_distributed_checkpoint=False)
+        strategy = ModelParallelStrategy(devices * nodes, 1, save_distributed_checkpoint=False)
     tensorboard = importlib.util.find_spec("tensorboard") is not None
     return Trainer(
         accelerator=options["accelerator"],
         devices=devices,
+        num_nodes=nodes,
         strategy=strategy,
         precision=options["precision"],
         max_steps=max_steps,
