@@ -17,6 +17,7 @@
 #include "modulated_siren/modulated_siren.h"
 #include "procrustes/procrustes.h"
 #include "resize/resize.h"
+#include "vector_quantize/vector_quantize.h"
 #include "window_attention/window_attention.h"
 #ifdef FOURDPERF_FFI
 #include "common/ffi.h"
@@ -300,6 +301,38 @@ static void procrustes_solve_binding(address h, address p, address flip, address
   FOURDPERF_LAUNCH(procrustes_solve)(args);
 }
 
+static void vector_quantize_binding(address z, address codebook, address indices, int dtype, int64_t rows, int64_t codes,
+                                    int64_t channels, int metric, address terms, address where) {
+  QuantizeArgs args{};
+  args.z = pointer(z);
+  args.codebook = pointer(codebook);
+  args.indices = static_cast<int64_t*>(pointer(indices));
+  args.dtype = DType(dtype);
+  args.rows = rows;
+  args.codes = codes;
+  args.channels = channels;
+  args.metric = CodeMetric(metric);
+  args.terms = pointer(terms);
+  place(args, where);
+  FOURDPERF_LAUNCH(vector_quantize)(args);
+}
+
+static void code_sums_binding(address x, address indices, address out, int dtype, int64_t rows, int64_t codes, int64_t channels,
+                              address order, address starts, address where) {
+  CodeSumsArgs args{};
+  args.x = pointer(x);
+  args.indices = static_cast<const int64_t*>(pointer(indices));
+  args.out = pointer(out);
+  args.dtype = DType(dtype);
+  args.rows = rows;
+  args.codes = codes;
+  args.channels = channels;
+  args.order = static_cast<const int64_t*>(pointer(order));
+  args.starts = static_cast<const int64_t*>(pointer(starts));
+  place(args, where);
+  FOURDPERF_LAUNCH(code_sums)(args);
+}
+
 #ifndef FOURDPERF_CUDA_MODULE
 
 using Axes = std::array<int64_t, 4>;
@@ -457,6 +490,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("bilinear_sample_fwd", &bilinear_sample_fwd_binding, nogil());
   m.def("bilinear_sample_bwd", &bilinear_sample_bwd_binding, nogil());
   m.def("bilinear_sample_bwd_bwd", &bilinear_sample_bwd_bwd_binding, nogil());
+  m.def("vector_quantize", &vector_quantize_binding, nogil());
+  m.def("code_sums", &code_sums_binding, nogil());
 #ifndef FOURDPERF_CUDA_MODULE
   m.def("cross_attention", &cross_attention_binding, nogil());
   m.def("cross_attention_backward", &cross_attention_backward_binding, nogil());

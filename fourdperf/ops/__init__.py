@@ -20,6 +20,7 @@ from fourdperf.ops.gather_patches import gather_patches, gather_patches_eager
 from fourdperf.ops.modulated_siren import modulated_sine, modulated_sine_eager, modulated_siren
 from fourdperf.ops.procrustes import procrustes, procrustes_eager
 from fourdperf.ops.resize import resize, resize_eager
+from fourdperf.ops.vector_quantize import code_sums, vector_quantize, vector_quantize_eager
 from fourdperf.ops.window_attention import window_attention, window_attention_eager
 
 OPS = (
@@ -30,6 +31,7 @@ OPS = (
     "modulated_siren",
     "procrustes",
     "resize",
+    "vector_quantize",
     "window_attention",
 )
 
@@ -37,6 +39,7 @@ __all__ = [
     "OPS",
     "bilinear_sample",
     "bilinear_sample_eager",
+    "code_sums",
     "cross_attention",
     "cross_attention_eager",
     "fourier_columns",
@@ -57,6 +60,8 @@ __all__ = [
     "resize",
     "resize_eager",
     "use_backend",
+    "vector_quantize",
+    "vector_quantize_eager",
     "window_attention",
     "window_attention_eager",
 ]
