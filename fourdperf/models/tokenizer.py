@@ -53,7 +53,8 @@ class Config(BaseConfig):
     num_latents, latent_channels: N and C, of the picture's code.
     hidden_size, num_layers, num_heads, mlp_size: of the encoder.
     head_dim: of the encoder's heads; None for hidden_size / num_heads.
-    activation, qkv_bias, norm_eps: of the encoder; the defaults are those of timm's ViTs.
+    activation, qkv_bias, norm_eps: of the encoder; the defaults are those of timm's ViTs. norm_pre: one more norm before
+        its blocks, as CLIP has it.
     codebook_size: K.
     beta, entropy_gamma: of the quantizer's losses.
     decoder_size: D of the decoder's tokens.
@@ -81,6 +82,7 @@ class Config(BaseConfig):
     activation: str = "gelu"
     qkv_bias: bool = True
     norm_eps: float = 1e-6
+    norm_pre: bool = False
     codebook_size: int = 4096
     beta: float = 0.25
     entropy_gamma: float | None = 1.0
@@ -236,6 +238,7 @@ class Tokenizer(PretrainedModel):
             qkv_bias=c.qkv_bias,
             activation=c.activation,
             eps=c.norm_eps,
+            norm_pre=c.norm_pre,
             class_position=c.class_position,
             latent_layout=c.latent_layout,
         )

@@ -15,7 +15,7 @@ flax_models = pytest.importorskip("fourdperf.jax.models.tokenizer")
 NAMES = {tokenizer: "Tokenizer", maskgit_vqgan: "MaskGITVQGAN", titok: "TiTok", token_generator: "TokenGenerator"}
 LIVE = {
     "tokenizer": (tokenizer, tokenizer.Config(**SEED)),
-    "tokenizer, quick_gelu, wide heads": (tokenizer, tokenizer.Config(**SEED, activation="quick_gelu", head_dim=5)),
+    "tokenizer, quick_gelu, wide heads, norm_pre": (tokenizer, tokenizer.Config(**SEED, activation="quick_gelu", head_dim=5, norm_pre=True)),
     "tokenizer, upstream": (tokenizer, tokenizer.Config.upstream(**SEED | {"image_size": 16, "patch_size": 4})),
     "tokenizer, upstream's encoder": (tokenizer, tokenizer.Config.upstream(False, **SEED | {"image_size": 16})),
     "vqgan": (maskgit_vqgan, maskgit_vqgan.Config(**PIXELS)),
