@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fourdperf.cli.train_functa import functa_classifier
 from fourdperf.cli.train_niso import niso
+from fourdperf.cli.train_token_generator import token_generator
 from fourdperf.cli.train_tokenizer import tokenizer
 from fourdperf.cli.training import check_at_least_one, check_run, make_trainer, plain_error, quiet, write_options
 from fourdperf.data.files import output_folder
@@ -148,7 +149,13 @@ def d4rt(
         print(f"{trainer.global_step} steps done; wrote {out / 'last.ckpt'} and {out / 'model'}")
 
 
-train = {"d4rt": d4rt, "functa_classifier": functa_classifier, "niso": niso, "tokenizer": tokenizer}
+train = {
+    "d4rt": d4rt,
+    "functa_classifier": functa_classifier,
+    "niso": niso,
+    "tokenizer": tokenizer,
+    "token_generator": token_generator,
+}
 
 
 def _check(options: dict[str, Any]) -> None:

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 __all__ = ["tokenizer"]
 
-SMALL = {"patch_size": 8, "num_latents": 32, "hidden_size": 192, "num_layers": 6, "num_heads": 3, "codebook_size": 1024}
+SMALL = {"patch_size": 8, "num_latents": 32, "hidden_size": 192, "num_layers": 4, "num_heads": 3, "codebook_size": 1024}
 TINY: dict[str, Mapping[str, Any]] = {
     "tokenizer": {
         **SMALL,
         **{"mlp_size": 768, "latent_channels": 8, "decoder_size": 192, "decoder_channels": 32},
         **{"channel_multipliers": (1, 1, 2, 2), "res_blocks": 1, "attention_sizes": (8,)},
     },
-    "titok": {**SMALL, "latent_channels": 8, "decoder_size": 192, "decoder_layers": 6, "decoder_heads": 3},
+    "titok": {**SMALL, "latent_channels": 8, "decoder_size": 192, "decoder_layers": 4, "decoder_heads": 3},
 }
 
 
@@ -51,7 +51,7 @@ def tokenizer(
     discriminator_lr: float = 1.0,
     augment: bool = True,
     batch_size: int = 16,
-    max_steps: int = 2000,
+    max_steps: int = 1500,
     minutes: float | None = None,
     lr: float = 1e-3,
     final_lr: float | None = None,

@@ -131,21 +131,24 @@ class RunPictures(Callback):
         """After the last step."""
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
-        if trainer.is_global_zero and not trainer.sanity_checking:
+        if not trainer.sanity_checking:
             self._draw(trainer, module)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        if not trainer.is_global_zero:
-            return
         if self.drawn != trainer.global_step:
             self._draw(trainer, module)
+        if not trainer.is_global_zero:
+            return
         for path in (self.out / "pictures").glob(f"*_{self.drawn:06d}.png"):
             (self.out / f"{path.stem.rpartition('_')[0]}.png").write_bytes(path.read_bytes())
         self.finish(module)
 
     def _draw(self, trainer: Trainer, module: LightningModule) -> None:
         self.drawn = trainer.global_step
-        for name, picture in self.pictures(module).items():
+        found = self.pictures(module)  # by every process: of a model that is sharded each has a part
+        if not trainer.is_global_zero:
+            return
+        for name, picture in found.items():
             write_png(self.out / "pictures" / f"{name}_{self.drawn:06d}.png", picture)
             for logger in trainer.loggers:
                 if hasattr(logger.experiment, "add_image"):

@@ -9,14 +9,13 @@ import torch
 import torch.nn.functional as F
 from lightning import LightningDataModule
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from fourdperf.data.files import write_text
 from fourdperf.data.synthetic import clip_generator
 from fourdperf.models.latent_classifier import LatentClassifier
 from fourdperf.train.data import BatchNumbers
-from fourdperf.train.module import ModelTraining
+from fourdperf.train.module import ModelTraining, average_into
 from fourdperf.train.schedule import adamw
 
 __all__ = ["ClassifierTraining", "Passes", "SignalData", "Standardised", "load_classifier", "score", "write_statistics"]
@@ -102,8 +101,7 @@ class ClassifierTraining(ModelTraining):
         step = self.global_step  # from 0
         super().optimizer_step(*arguments, **options)
         ema = min(self.ema, (1 + step) / (10 + step)) if self.ema_warmup else self.ema
-        average = get_ema_multi_avg_fn(ema)
-        average(list(self.model.parameters()), [p.detach() for p in self.network.parameters()], None)
+        average_into(self.model, self.network, ema)
 
     def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
         latents, labels = batch

@@ -1,16 +1,18 @@
-"""What runs of all models share under Lightning: checks of checkpoints and gradients, the learning rate, the data."""
+"""What runs of all models share under Lightning: checks of checkpoints and gradients, the learning rate, averaged
+weights, the data."""
 
 from collections.abc import Callable
 
 import torch
 from lightning import LightningDataModule, LightningModule
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from fourdperf.train.data import loader
 from fourdperf.train.schedule import learning_rate
 
-__all__ = ["ADVICE", "ModelTraining", "RunData"]
+__all__ = ["ADVICE", "ModelTraining", "RunData", "average_into"]
 
 ADVICE = "The last checkpoint is good; go on from it with a lower --lr or --precision 32-true, or look at the data"
 
@@ -46,6 +48,13 @@ class ModelTraining(LightningModule):
     def not_finite(self, norm: Tensor) -> str:
         """What is wrong, in words."""
         return f"the gradient's norm is {norm.item()}"
+
+
+def average_into(average: nn.Module, model: nn.Module, share: float) -> None:
+    """Moving averages of a model's parameters: `share` of each stays. Buffers are copied."""
+    get_ema_multi_avg_fn(share)(list(average.parameters()), [p.detach() for p in model.parameters()], None)
+    for ours, theirs in zip(average.buffers(), model.buffers(), strict=True):
+        ours.copy_(theirs)
 
 
 class RunData(LightningDataModule):

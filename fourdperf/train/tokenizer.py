@@ -16,7 +16,6 @@ from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fourdperf.metrics.codes import perplexity, usage
 from fourdperf.metrics.images import psnr
@@ -25,7 +24,7 @@ from fourdperf.models.titok import Config as TiTokConfig
 from fourdperf.models.titok import TiTok
 from fourdperf.models.token_blocks import TokenEncoder
 from fourdperf.models.tokenizer import Encoded, Tokenizer
-from fourdperf.train.module import ModelTraining
+from fourdperf.train.module import ModelTraining, average_into
 from fourdperf.train.tokenizer_loss import Adversary, Weights, code_loss, quantizer_loss, reconstruction_loss
 
 __all__ = ["PatchFeatures", "TokenizerTraining", "with_pixel_decoder"]
@@ -180,10 +179,7 @@ class TokenizerTraining(ModelTraining):
         ours.zero_grad()
         self.lr_schedulers().step()
         if self.learner is not None:
-            average = get_ema_multi_avg_fn(self.ema)
-            average(list(self.model.parameters()), [p.detach() for p in self.learner.parameters()], None)
-            for ours, theirs in zip(self.model.buffers(), self.learner.buffers()):
-                ours.copy_(theirs)
+            average_into(self.model, self.learner, self.ema)
 
     def clipped(self, network: nn.Module) -> Tensor:
         """The norm of a network's gradient, which is at most `clip` afterwards."""
