@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fourdperf.cli.train_functa import functa_classifier
+from fourdperf.cli.train_image_mae import image_mae
 from fourdperf.cli.train_niso import niso
 from fourdperf.cli.train_token_generator import token_generator
 from fourdperf.cli.train_tokenizer import tokenizer
@@ -152,6 +153,7 @@ def d4rt(
 train = {
     "d4rt": d4rt,
     "functa_classifier": functa_classifier,
+    "image_mae": image_mae,
     "niso": niso,
     "tokenizer": tokenizer,
     "token_generator": token_generator,
