@@ -21,7 +21,17 @@ PIECES = (
 WAIVED: dict[str, str] = {
     "csrc/cross_attention/cross_attention_cuda.cu": "tensor cores are left to Triton, which knows each architecture's",
 }
-SHARED = ("__init__", "checkpoint", "config", "convolutions", "layers", "niso_nets", "token_blocks", "tokenizers")
+SHARED = (
+    "__init__",
+    "checkpoint",
+    "config",
+    "convolutions",
+    "layers",
+    "niso_nets",
+    "quantizer",
+    "token_blocks",
+    "tokenizers",
+)
 OF_TOKENIZER = ("maskgit_vqgan", "titok", "token_generator")  # one mirror, converter and test file with tokenizer.py
 FOR_TRAINING = ("discriminators", "encoder_init", "image_mae", "perceptual")  # of tokenizers, in PyTorch alone
 APART = (*SHARED, *OF_TOKENIZER, *FOR_TRAINING)

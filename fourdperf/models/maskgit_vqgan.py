@@ -20,7 +20,8 @@ from fourdperf.models.checkpoint import PretrainedModel
 from fourdperf.models.config import BaseConfig, check_choices, check_int, int_tuple, set_field
 from fourdperf.models.convolutions import GROUPS, SHORTCUTS, ResBlock, conv3x3, group_norm, upsample
 from fourdperf.models.layers import like, tap
-from fourdperf.models.token_blocks import VectorQuantizer, check_latents
+from fourdperf.models.quantizer import VectorQuantizer
+from fourdperf.models.token_blocks import check_latents
 from fourdperf.models.tokenizer import Encoded, Output
 
 MODEL = "maskgit_vqgan"

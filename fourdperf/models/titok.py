@@ -25,12 +25,12 @@ from fourdperf.models.config import BaseConfig, check_choices, check_int, int_tu
 from fourdperf.models.convolutions import conv3x3
 from fourdperf.models.layers import tap
 from fourdperf.models.maskgit_vqgan import PixelDecoder
+from fourdperf.models.quantizer import VectorQuantizer
 from fourdperf.models.token_blocks import (
     LATENT_LAYOUTS,
     Block,
     MaskedTokens,
     TokenEncoder,
-    VectorQuantizer,
     check_images,
     check_indices,
     check_latents,
@@ -83,7 +83,8 @@ class Config(BaseConfig):
     hidden_size, num_layers, num_heads: of the encoder, whose MLPs are four times as wide.
     decoder_size, decoder_layers, decoder_heads: of the decoder.
     mode: "vq" for one of `codebook_size` codes per latent; "vae" for a Gaussian.
-    normalize: latents and codes have length 1. beta: of the commitment loss.
+    normalize: latents and codes have length 1. beta: of the commitment loss. ema, restart: of the codes; see
+        `VectorQuantizer`.
     target: "pixels", or "codes" of MaskGIT's VQGAN, of which the decoder gives logits.
     target_codes: how many of those there are.
     pixels: config of the pixel decoder for the last stage of training, or None. With it encoder and codes are frozen.
@@ -106,6 +107,8 @@ class Config(BaseConfig):
     codebook_size: int = 4096
     normalize: bool = True
     beta: float = 0.25
+    ema: float | None = None
+    restart: int | None = None
     target: str = "pixels"
     target_codes: int = 1024
     pixels: maskgit_vqgan.Config | None = None
@@ -195,7 +198,7 @@ class TiTok(PretrainedModel):
             norm_pre=True,
             latent_layout=c.latent_layout,
         )
-        options = {"normalize": c.normalize, "beta": c.beta}
+        options = {"normalize": c.normalize, "beta": c.beta, "ema": c.ema, "restart": c.restart}
         vq = c.mode == "vq"
         self.quantizer = VectorQuantizer(c.codebook_size, c.latent_channels, **options) if vq else None
         self.decoder = Decoder(c)
@@ -206,6 +209,13 @@ class TiTok(PretrainedModel):
             self.pixel_decoder = PixelDecoder(c.pixels)
             self.encoder.requires_grad_(False)
             self.quantizer.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "TiTok":
+        """As every module's; codes that are frozen stay in eval mode, where nothing moves them."""
+        super().train(mode)
+        if self.config.pixels is not None:
+            self.quantizer.eval()
+        return self
 
     def encode(self, images: Tensor, taps: dict[str, Tensor] | None = None, *, noise: Tensor | None = None) -> Encoded:
         """The codes of `images` `(B, H, W, 3)` in [0, 1].

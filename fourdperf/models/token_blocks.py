@@ -1,23 +1,17 @@
-"""Parts of the tokenizers of images that are one-dimensional: transformer blocks, the ViT encoder, the quantizer.
+"""Parts of the tokenizers of images that are one-dimensional: transformer blocks, the ViT encoder, checks.
 
     images (B, H, W, 3)
       | patches, class token, latent tokens, positions, blocks, norm         TokenEncoder
-    latents (B, N, C)
-      | nearest of K codes                                                   VectorQuantizer
-    indices (B, N)
+    latents (B, N, C), which fourdperf.models.quantizer takes to codes
 
-Source: "An Image is Worth 32 Tokens" (TiTok, arXiv 2406.07550), "Neural Discrete Representation Learning" (arXiv
-1711.00937; VQ-VAE), "Vector-quantized Image Modeling with Improved VQGAN" (arXiv 2110.04627; codes of length 1),
-"Language Model Beats Diffusion" (arXiv 2310.05737; the entropy loss).
+Source: "An Image is Worth 32 Tokens" (TiTok, arXiv 2406.07550).
 """
-
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fourdperf.models.layers import attention, like, tap, wide
+from fourdperf.models.layers import attention, like, tap
 
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -25,9 +19,6 @@ ACTIVATIONS = {
     "tanh": torch.tanh,
 }
 LATENT_LAYOUTS = ("token", "upstream")
-BETA_ON = ("commitment", "codebook")
-ENTROPY_TEMPERATURE = 0.01
-PROBABILITY_FLOOR = 1e-5
 
 
 class Attention(nn.Module):
@@ -207,109 +198,6 @@ class MaskedTokens(nn.Module):
         batch = len(latents)
         masks = mask_token.expand(batch, self.patches, -1)
         return torch.cat([class_token.expand(batch, 1, -1), masks, latents], dim=1) + positions
-
-
-class Quantized(NamedTuple):
-    """What a quantizer found.
-
-    quantized: the codes `(.., C)`, with the straight-through gradient.
-    indices: `(..)`, int64.
-    losses: "commitment" and "codebook", weighted, and "entropy" in train mode where the quantizer has that.
-    """
-
-    quantized: Tensor
-    indices: Tensor
-    losses: dict[str, Tensor]
-
-
-class VectorQuantizer(nn.Module):
-    """The nearest of K codes of C numbers, by the Euclidean distance.
-
-    commitment = mean |z - sg(code)|^2 and codebook = mean |code - sg(z)|^2; `beta` multiplies the first.
-    normalize: codes are of length 1; z is expected to be, too. The stored codebook is any, and gradients go through the
-        normalisation.
-    entropy_gamma: in train mode, the loss mean entropy - gamma * entropy of the mean, of softmax(-100 |z - code|^2),
-        drives towards sure choices and even use; None for no such loss.
-
-    Of the seed's code:
-    beta_on: "codebook" multiplies the second term by `beta` instead of the first.
-    in_place: the stored codebook is overwritten by its normalised version at every forward pass, in eval mode too, and
-        gradients do not see the normalisation.
-    """
-
-    def __init__(
-        self,
-        codes: int,
-        channels: int,
-        *,
-        normalize: bool = True,
-        beta: float = 0.25,
-        entropy_gamma: float | None = None,
-        beta_on: str = "commitment",
-        in_place: bool = False,
-    ):
-        super().__init__()
-        self.normalize, self.beta, self.entropy_gamma = normalize, beta, entropy_gamma
-        self.beta_on, self.in_place = beta_on, in_place
-        self.codebook = nn.Parameter(torch.empty(codes, channels))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.uniform_(self.codebook, -1 / len(self.codebook), 1 / len(self.codebook))
-
-    def codes(self) -> Tensor:
-        """The codes in force `(K, C)`."""
-        if not self.normalize:
-            return self.codebook
-        if not self.in_place:
-            return F.normalize(self.codebook, dim=-1)
-        with torch.no_grad():
-            self.codebook.copy_(F.normalize(self.codebook, dim=-1))
-        return self.codebook.clone()  # which the next forward pass leaves alone, before the backward pass of this one
-
-    def forward(self, z: Tensor) -> Quantized:
-        """z `(.., C)`, floating; the search is in fp32 or wider, under autocast too."""
-        with torch.autocast(z.device.type, enabled=False):
-            z, codes = (x.to(wide(x.dtype)) for x in (z, self.codes()))
-            flat = z.flatten(0, -2)
-            indices = nearest(flat.detach(), codes.detach())
-            found = codes[indices].view_as(z)
-            commitment = (z - found.detach()).square().mean()
-            codebook = (found - z.detach()).square().mean()
-            if self.beta_on == "codebook":
-                codebook = self.beta * codebook
-            else:
-                commitment = self.beta * commitment
-            losses = {"commitment": commitment, "codebook": codebook}
-            if self.training and self.entropy_gamma is not None:
-                losses["entropy"] = entropy_loss(flat, codes, self.entropy_gamma)
-            return Quantized(z + (found - z).detach(), indices.view(z.shape[:-1]), losses)
-
-    def lookup(self, indices: Tensor) -> Tensor:
-        """The codes `(.., C)` of `indices` `(..)`; raises ValueError where they are no integers."""
-        return self.codes()[check_integers(indices)]
-
-
-def nearest(z: Tensor, codes: Tensor) -> Tensor:
-    """Index of the nearest code of each row: z `(M, C)`, codes `(K, C)` -> `(M,)`; the lowest where several are."""
-    return torch.addmm(codes.square().sum(1), z, codes.T, alpha=-2).argmin(1)
-
-
-def soft_choices(z: Tensor, codes: Tensor, temperature: float) -> Tensor:
-    """softmax(-|z - code|^2 / temperature): z `(M, C)`, codes `(K, C)` -> `(M, K)`."""
-    distances = z.square().sum(1, keepdim=True) + codes.square().sum(1) - 2 * z @ codes.T
-    return F.softmax(-distances / temperature, dim=1)
-
-
-def entropy_loss(z: Tensor, codes: Tensor, gamma: float) -> Tensor:
-    """Mean entropy of the rows' soft choices of a code, minus gamma times the entropy of their mean."""
-    choices = soft_choices(z, codes, ENTROPY_TEMPERATURE)
-    return entropy(choices).mean() - gamma * entropy(choices.mean(0))
-
-
-def entropy(probabilities: Tensor) -> Tensor:
-    """Of the last axis, in nats; the logarithm is that of at least 1e-5."""
-    return -(probabilities * probabilities.clamp(min=PROBABILITY_FLOOR).log()).sum(-1)
 
 
 def sincos_positions(features: int, height: int, width: int) -> Tensor:

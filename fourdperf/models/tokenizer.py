@@ -23,13 +23,12 @@ from fourdperf.models.checkpoint import PretrainedModel
 from fourdperf.models.config import BaseConfig, check_choices, check_int, int_tuple, set_field
 from fourdperf.models.convolutions import GROUPS, PixelAttention, ResBlock, conv3x3, group_norm, upsample
 from fourdperf.models.layers import tap
+from fourdperf.models.quantizer import BETA_ON, VectorQuantizer
 from fourdperf.models.token_blocks import (
     ACTIVATIONS,
-    BETA_ON,
     LATENT_LAYOUTS,
     MaskedTokens,
     TokenEncoder,
-    VectorQuantizer,
     check_images,
     check_indices,
     check_latents,
@@ -56,7 +55,7 @@ class Config(BaseConfig):
     activation, qkv_bias, norm_eps: of the encoder; the defaults are those of timm's ViTs. norm_pre: one more norm before
         its blocks, as CLIP has it.
     codebook_size: K.
-    beta, entropy_gamma: of the quantizer's losses.
+    beta, entropy_gamma: of the quantizer's losses. ema, restart: of its codes; see `VectorQuantizer`.
     decoder_size: D of the decoder's tokens.
     decoder_channels, channel_multipliers: of the decoder's levels, finest first; each but the first is doubled.
     res_blocks: of each level, plus one. attention_sizes: heights of grids whose blocks have attention.
@@ -86,6 +85,8 @@ class Config(BaseConfig):
     codebook_size: int = 4096
     beta: float = 0.25
     entropy_gamma: float | None = 1.0
+    ema: float | None = None
+    restart: int | None = None
     decoder_size: int = 768
     decoder_channels: int = 128
     channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
@@ -242,7 +243,8 @@ class Tokenizer(PretrainedModel):
             class_position=c.class_position,
             latent_layout=c.latent_layout,
         )
-        options = {"beta": c.beta, "entropy_gamma": c.entropy_gamma, "beta_on": c.beta_on, "in_place": c.in_place}
+        names = ("beta", "entropy_gamma", "ema", "restart", "beta_on", "in_place")
+        options = {name: getattr(c, name) for name in names}
         self.quantizer = VectorQuantizer(c.codebook_size, c.latent_channels, **options)
         self.decoder = Decoder(c)
 

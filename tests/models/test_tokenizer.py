@@ -13,8 +13,9 @@ from fourdperf.models import maskgit_vqgan, titok, token_generator, tokenizer
 from fourdperf.models.checkpoint import CheckpointError
 from fourdperf.models.convolutions import PixelAttention, ResBlock
 from fourdperf.models.maskgit_vqgan import MaskGITVQGAN
+from fourdperf.models.quantizer import VectorQuantizer
 from fourdperf.models.titok import TiTok
-from fourdperf.models.token_blocks import Block, TokenEncoder, VectorQuantizer, nearest, sincos_positions
+from fourdperf.models.token_blocks import Block, TokenEncoder, sincos_positions
 from fourdperf.models.token_generator import TokenGenerator, guidance_strength, gumbel, mask_tokens
 from fourdperf.models.tokenizer import Tokenizer
 from tests.models.goldens import close, gradients
@@ -202,13 +203,6 @@ def test_start():
 
 
 # ---- the quantizer
-
-
-def test_nearest():
-    """The lowest index where codes are equally near."""
-    z = torch.tensor([[0.0, 0.0], [1.0, 1.0], [-0.9, 0.1]])
-    codes = torch.tensor([[1.0, 1.0], [0.5, 0.0], [0.0, 0.5], [1.0, 1.0], [-1.0, 0.0]])
-    assert nearest(z, codes).tolist() == [1, 0, 4]
 
 
 def quantizer_and_z(**options):

@@ -6,14 +6,9 @@ import torch.nn.functional as F
 
 from fourdperf.convert.tokenizer import GENERATOR, MASKGIT_VQGAN, TITOK, TOKENIZER
 from fourdperf.models import tokenizer
+from fourdperf.models.quantizer import VectorQuantizer, entropy, soft_choices
 from fourdperf.models.titok import TiTok
-from fourdperf.models.token_blocks import (
-    Block,
-    VectorQuantizer,
-    entropy,
-    sincos_positions,
-    soft_choices,
-)
+from fourdperf.models.token_blocks import Block, sincos_positions
 from fourdperf.models.token_generator import mask_tokens
 from fourdperf.models.tokenizer import Decoder
 from tests.models.tokenizer_cases import Case, first, last, names
