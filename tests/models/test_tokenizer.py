@@ -13,7 +13,6 @@ from fourdperf.models import maskgit_vqgan, titok, token_generator, tokenizer
 from fourdperf.models.checkpoint import CheckpointError
 from fourdperf.models.convolutions import PixelAttention, ResBlock
 from fourdperf.models.maskgit_vqgan import MaskGITVQGAN
-from fourdperf.models.quantizer import VectorQuantizer
 from fourdperf.models.titok import TiTok
 from fourdperf.models.token_blocks import Block, TokenEncoder, sincos_positions
 from fourdperf.models.token_generator import TokenGenerator, guidance_strength, gumbel, mask_tokens
@@ -200,63 +199,6 @@ def test_start():
     assert 0.9 / 20 < model.quantizer.codebook.abs().max() <= 1 / 20
     weights = torch.cat([m.weight.flatten() for m in model.encoder.modules() if isinstance(m, nn.Linear)])
     assert 0.015 < weights.std() < 0.02 and weights.abs().max() <= 0.04
-
-
-# ---- the quantizer
-
-
-def quantizer_and_z(**options):
-    torch.manual_seed(0)
-    quantizer = VectorQuantizer(9, 4, **options).double()
-    nn.init.normal_(quantizer.codebook)
-    return quantizer, F.normalize(torch.randn(2, 7, 4, dtype=torch.float64), dim=-1).requires_grad_()
-
-
-@pytest.mark.parametrize("beta_on", ["commitment", "codebook"])
-def test_quantizer(beta_on):
-    """Codes are the nearest directions; the gradient goes straight through; both losses have their own."""
-    quantizer, z = quantizer_and_z(beta_on=beta_on, beta=0.1)
-    found = quantizer(z)
-    codes = F.normalize(quantizer.codebook.detach(), dim=-1)
-    assert torch.equal(found.indices, (z @ codes.T).argmax(-1))
-    close(found.quantized, codes[found.indices])
-    assert set(found.losses) == {"commitment", "codebook"}
-    factors = {"commitment": 1.0, "codebook": 1.0, beta_on: 0.1}
-    error = (z - codes[found.indices]).square().mean()
-    for name, loss in found.losses.items():
-        close(loss, factors[name] * error)
-    cotangent = torch.randn_like(z)
-    grads = torch.autograd.grad(
-        found.quantized, (z, quantizer.codebook), cotangent, allow_unused=True, retain_graph=True
-    )
-    assert torch.equal(grads[0], cotangent) and grads[1] is None
-    (grad,) = torch.autograd.grad(found.losses["commitment"], z, retain_graph=True)
-    close(grad, factors["commitment"] * 2 * (z - codes[found.indices]).detach() / z.numel())
-    assert torch.autograd.grad(found.losses["codebook"], z, allow_unused=True, retain_graph=True) == (None,)
-    (grad,) = torch.autograd.grad(found.losses["codebook"], quantizer.codebook)
-    assert (grad * quantizer.codebook).sum(1).abs().max() < 1e-15 and grad.any()  # along the sphere alone
-
-
-def test_in_place():
-    """The stored codes become those in force; elsewhere they stay."""
-    for in_place in (True, False):
-        quantizer, z = quantizer_and_z(in_place=in_place)
-        before = quantizer.codebook.detach().clone()
-        quantizer(z)
-        close(quantizer.codebook.detach(), F.normalize(before, dim=-1) if in_place else before, 1e-15)
-
-
-def test_entropy_loss():
-    """In train mode alone; least where choices are sure and use is even."""
-    quantizer, z = quantizer_and_z(entropy_gamma=0.7)
-    assert "entropy" in quantizer.train()(z).losses and "entropy" not in quantizer.eval()(z).losses
-    quantizer = VectorQuantizer(4, 4, entropy_gamma=0.7).double()
-    quantizer.codebook.data = torch.eye(4, dtype=torch.float64)
-    even, one = torch.eye(4, dtype=torch.float64), torch.eye(4, dtype=torch.float64)[:1]
-    close(quantizer(even).losses["entropy"], torch.tensor(-0.7 * math.log(4)).double(), 1e-6)
-    assert quantizer(one).losses["entropy"].abs() < 1e-6
-    unsure = F.normalize(torch.ones(1, 4, dtype=torch.float64), dim=-1)
-    close(quantizer(unsure).losses["entropy"], torch.tensor(0.3 * math.log(4)).double(), 1e-6)
 
 
 # ---- models
