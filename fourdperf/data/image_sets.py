@@ -111,7 +111,7 @@ def open_image_set(
         source: as above.
         image_size: (H, W) to cut to.
         augment: cut any place, and mirror, differently at every visit; for training.
-        seed: of what is drawn to be val and test, and of the cuts.
+        seed: of the cuts. What is drawn to be val and test is the same whatever it is, so that no run sees its test.
 
     Raises:
         FileNotFoundError: there is no such file, folder, or split in it.
@@ -129,12 +129,12 @@ def open_image_set(
         return ImageSet("offline", pictures, labels, CLASSES, size, np.arange(len(pictures)), augment, seed)
     kind, files = _find(str(source))
     if kind == "folder":
-        found = open_images("folder", split, source, image_size=size, seed=seed)
+        found = open_images("folder", split, source, image_size=size)
         pictures = FilePictures(found.paths)
         return ImageSet(kind, pictures, found.labels, found.classes, size, np.arange(len(pictures)), augment, seed)
     chosen, together = source_of([word for word in files if word], split, f"files of {source}")
     pictures, labels = READERS[kind](files[chosen] if chosen else [file for some in files.values() for file in some])
-    mine = part(len(pictures), split, together, seed)
+    mine = part(len(pictures), split, together, seed=0)
     classes = () if labels is None else tuple(map(str, range(max(labels) + 1)))
     labels = [0] * len(pictures) if labels is None else labels
     return ImageSet(kind, pictures, labels, classes, size, mine, augment, seed)
