@@ -19,7 +19,7 @@ from fourdperf.models.config import BaseConfig
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
-DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
 
 
 class CheckpointError(ValueError):
@@ -78,10 +78,11 @@ def write_checkpoint(
 def save_model(
     model: nn.Module, path: str | os.PathLike, name: str, config: dict, dtype: torch.dtype | None = None
 ) -> None:
-    """Write a model's parameters (in `dtype`, by default as they are) and config to the directory `path`."""
+    """Write a model's parameters (floating ones in `dtype`, if given) and config to the directory `path`."""
     state = model.state_dict()
-    entries = [Entry(key, dtype or tensor.dtype, tuple(tensor.shape)) for key, tensor in state.items()]
-    write_checkpoint(path, name, config, entries, (tensor.to(dtype or tensor.dtype) for tensor in state.values()))
+    dtypes = {key: dtype if dtype and tensor.is_floating_point() else tensor.dtype for key, tensor in state.items()}
+    entries = [Entry(key, dtypes[key], tuple(tensor.shape)) for key, tensor in state.items()]
+    write_checkpoint(path, name, config, entries, (tensor.to(dtypes[key]) for key, tensor in state.items()))
 
 
 def read_config(path: str | os.PathLike, model: str) -> dict:
@@ -113,12 +114,13 @@ def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
 def read_tensor(
     file: Path, key: str, dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> Tensor:
-    """One tensor of a safetensors file, copied: no window on a file that may change.
+    """One tensor of a safetensors file, in `dtype` if it is floating, copied: no window on a file that may change.
 
     The file is mapped anew each time, so that the pages of tensors read before do not stay in memory.
     """
     with safe_open(file, framework="pt") as tensors:
-        return tensors.get_tensor(key).to(device=device, dtype=dtype, copy=True)
+        tensor = tensors.get_tensor(key)
+        return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None, copy=True)
 
 
 def load_weights(
