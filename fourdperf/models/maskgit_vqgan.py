@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fourdperf.models.checkpoint import PretrainedModel
 from fourdperf.models.config import BaseConfig, check_choices, check_int, int_tuple, set_field
-from fourdperf.models.convolutions import GROUPS, SHORTCUTS, ResBlock, conv3x3, group_norm, upsample
+from fourdperf.models.convolutions import GROUPS, SHORTCUTS, Conv3x3, ResBlock, UpConv3x3, group_norm
 from fourdperf.models.layers import like, tap
 from fourdperf.models.quantizer import VectorQuantizer
 from fourdperf.models.token_blocks import check_latents
@@ -76,7 +76,7 @@ class PixelEncoder(nn.Module):
         super().__init__()
         widths = config.widths
         block = lambda inputs, outputs: ResBlock(inputs, outputs, bias=False, shortcut=config.shortcut)
-        self.stem = conv3x3(3, widths[0], bias=False)
+        self.stem = Conv3x3(3, widths[0], bias=False)
         self.levels = nn.ModuleList(
             nn.ModuleList(block(inputs if index == 0 else width, width) for index in range(config.res_blocks))
             for inputs, width in zip([widths[0], *widths], widths)
@@ -104,14 +104,14 @@ class PixelDecoder(nn.Module):
         super().__init__()
         widths = config.widths[::-1]
         block = lambda inputs, outputs: ResBlock(inputs, outputs, bias=False, shortcut=config.shortcut)
-        self.stem = conv3x3(config.latent_channels, widths[0])
+        self.stem = Conv3x3(config.latent_channels, widths[0])
         self.mid = nn.ModuleList(block(widths[0], widths[0]) for _ in range(config.res_blocks))
         self.levels = nn.ModuleList(
             nn.ModuleList(block(inputs if index == 0 else width, width) for index in range(config.res_blocks))
             for inputs, width in zip([widths[0], *widths], widths)
         )
-        self.upsamples = nn.ModuleList(conv3x3(width, width) for width in widths[:-1])
-        self.norm, self.out = group_norm(widths[-1]), conv3x3(widths[-1], 3)
+        self.upsamples = nn.ModuleList(UpConv3x3(width, width) for width in widths[:-1])
+        self.norm, self.out = group_norm(widths[-1]), Conv3x3(widths[-1], 3)
 
     def forward(self, latents: Tensor, taps: dict[str, Tensor] | None = None) -> Tensor:
         """taps: "pixel_decoder/mid" and "pixel_decoder/00", .. by levels; channels first."""
@@ -123,7 +123,7 @@ class PixelDecoder(nn.Module):
             for block in blocks:
                 x = block(x)
             if index < len(self.upsamples):
-                x = self.upsamples[index](upsample(x))
+                x = self.upsamples[index](x)
             tap(taps, f"pixel_decoder/{index:02d}", x)
         return self.out(F.silu(self.norm(x))).permute(0, 2, 3, 1)
 

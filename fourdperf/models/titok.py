@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fourdperf.models import maskgit_vqgan
 from fourdperf.models.checkpoint import PretrainedModel
 from fourdperf.models.config import BaseConfig, check_choices, check_int, int_tuple, set_field
-from fourdperf.models.convolutions import conv3x3
+from fourdperf.models.convolutions import Conv3x3
 from fourdperf.models.layers import tap
 from fourdperf.models.maskgit_vqgan import PixelDecoder
 from fourdperf.models.quantizer import VectorQuantizer
@@ -161,7 +161,7 @@ class Decoder(nn.Module):
         if c.target == "codes":
             self.dense, self.out = nn.Linear(width, 2 * width), nn.Linear(2 * width, c.target_codes)
         else:
-            self.dense, self.out = nn.Linear(width, 3 * c.patch_size**2), conv3x3(3, 3)
+            self.dense, self.out = nn.Linear(width, 3 * c.patch_size**2), Conv3x3(3, 3)
 
     def forward(self, latents: Tensor, taps: dict[str, Tensor] | None = None) -> Tensor:
         """taps: "decoder/embed", "decoder/00", .., "decoder/norm", "decoder/out"."""

@@ -21,7 +21,15 @@ from torch import Tensor, nn
 
 from fourdperf.models.checkpoint import PretrainedModel
 from fourdperf.models.config import BaseConfig, check_choices, check_int, int_tuple, set_field
-from fourdperf.models.convolutions import GROUPS, PixelAttention, ResBlock, conv3x3, group_norm, upsample
+from fourdperf.models.convolutions import (
+    GROUPS,
+    Conv3x3,
+    PixelAttention,
+    ResBlock,
+    UpConv3x3,
+    channels_last,
+    group_norm,
+)
 from fourdperf.models.layers import tap
 from fourdperf.models.quantizer import BETA_ON, VectorQuantizer
 from fourdperf.models.token_blocks import (
@@ -179,7 +187,7 @@ class Decoder(nn.Module):
         self.grid = c.decoder_grid
         self.tokens = MaskedTokens(self.grid[0] * self.grid[1], c.num_latents, c.latent_channels, c.decoder_size)
         widths = [c.decoder_channels * multiplier for multiplier in reversed(c.channel_multipliers)]
-        self.stem = conv3x3(c.decoder_size, widths[0])
+        self.stem = Conv3x3(c.decoder_size, widths[0])
         self.mid = nn.ModuleList(
             [ResBlock(widths[0], widths[0]), PixelAttention(widths[0]), ResBlock(widths[0], widths[0])]
         )
@@ -189,7 +197,7 @@ class Decoder(nn.Module):
         for index, (inputs, width) in enumerate(zip([widths[0], *widths], widths)):
             attend = height * 2**index in c.attention_sizes
             self.levels.append(Level(inputs, width, c.res_blocks + 1, attend, index < len(widths) - 1))
-        self.norm, self.out = group_norm(widths[-1]), conv3x3(widths[-1], 3)
+        self.norm, self.out = group_norm(widths[-1]), Conv3x3(widths[-1], 3)
 
     def forward(self, latents: Tensor, taps: dict[str, Tensor] | None = None) -> Tensor:
         """taps: "decoder/embed", "decoder/stem", "decoder/mid" and "decoder/00", .. by levels; channels first."""
@@ -200,7 +208,7 @@ class Decoder(nn.Module):
         for part in self.mid:
             x = part(x)
         tap(taps, "decoder/mid", x)
-        x = x[:, :, 1 : 1 + self.tokens.patches].unflatten(2, self.grid).squeeze(-1)
+        x = channels_last(x[:, :, 1 : 1 + self.tokens.patches].unflatten(2, self.grid).squeeze(-1))
         for index, level in enumerate(self.levels):
             x = level(x)
             tap(taps, f"decoder/{index:02d}", x)
@@ -214,14 +222,14 @@ class Level(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(ResBlock(inputs if index == 0 else width, width) for index in range(blocks))
         self.attention = nn.ModuleList(PixelAttention(width) for _ in range(blocks)) if attend else None
-        self.upsample = conv3x3(width, width) if upsampled else None
+        self.upsample = UpConv3x3(width, width) if upsampled else None
 
     def forward(self, x: Tensor) -> Tensor:
         for index, block in enumerate(self.blocks):
             x = block(x)
             if self.attention is not None:
                 x = self.attention[index](x)
-        return x if self.upsample is None else self.upsample(upsample(x))
+        return x if self.upsample is None else self.upsample(x)
 
 
 class Tokenizer(PretrainedModel):
