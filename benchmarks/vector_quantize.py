@@ -53,7 +53,8 @@ def _case(name, shape, dtype, backward, device):
     providers["matmul, argmin"] = provider(_matmul)
     providers["matmul, argmin, 128 rows"] = provider(_chunks)
     providers["matmul, argmin, compiled"] = provider(torch.compile(_matmul))
-    providers["128 rows, compiled"] = provider(torch.compile(_chunks))
+    choose = torch.compile(_choose, dynamic=False)
+    providers["128 rows, compiled"] = provider(lambda *args: _chunks(*args, choose))
     providers["one-hot (seed's descent)"] = provider(_one_hot)
     providers["JAX jit"] = _jax(z.detach(), codebook.detach(), cotangent, backward)
     return Case(
@@ -76,18 +77,19 @@ def _outputs(z, codebook, indices):
     return z + (found.to(z.dtype) - z).detach(), indices, usage, commitment, towards
 
 
-def _scores(z, codes):
-    return torch.addmm(codes.square().sum(1), z, codes.T, alpha=-2)
+def _choose(z, codes, squares):
+    return torch.addmm(squares, z, codes.T, alpha=-2).argmin(1)
 
 
 def _matmul(z, codebook):
-    indices = _scores(z.detach().float(), codebook.detach().float()).argmin(1)
-    return _outputs(z, codebook, indices)
-
-
-def _chunks(z, codebook):
     codes = codebook.detach().float()
-    indices = torch.cat([_scores(rows, codes).argmin(1) for rows in z.detach().float().split(CHUNK)])
+    return _outputs(z, codebook, _choose(z.detach().float(), codes, codes.square().sum(1)))
+
+
+def _chunks(z, codebook, choose=_choose):
+    codes = codebook.detach().float()
+    squares = codes.square().sum(1)
+    indices = torch.cat([choose(rows, codes, squares) for rows in z.detach().float().split(CHUNK)])
     return _outputs(z, codebook, indices)
 
 

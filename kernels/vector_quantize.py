@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+TILE, WARPS = {"ROWS": 64, "CODES": 64, "CHANNELS": 16}, 8  # fits the registers of sm_80, of float64 too
+
 
 @triton.jit
 def nearest_kernel(
@@ -77,18 +79,12 @@ def _acc(x):
     return tl.float64 if x.dtype == torch.float64 else tl.float32
 
 
-def _tiles(channels, acc):
-    """Rows, codes and channels of a tile: what the registers of a program hold."""
-    wide = 1 if acc == tl.float64 else 2
-    return {"ROWS": 32 * wide, "CODES": 32 * wide, "CHANNELS": min(max(16, triton.next_power_of_2(channels)), 32)}
-
-
 def nearest(z, codebook, indices, cosine, shortest):
     """Launches over at least one row and one code."""
-    acc, (rows, channels) = _acc(z), z.shape
-    tiles = _tiles(channels, acc)
-    grid = (triton.cdiv(rows, tiles["ROWS"]),)
-    nearest_kernel[grid](z, codebook, indices, rows, len(codebook), channels, shortest, COSINE=cosine, ACC=acc, **tiles)
+    rows, channels = z.shape
+    grid = (triton.cdiv(rows, TILE["ROWS"]),)
+    options = {"COSINE": cosine, "ACC": _acc(z), **TILE, "num_warps": WARPS}
+    nearest_kernel[grid](z, codebook, indices, rows, len(codebook), channels, shortest, **options)
 
 
 def sums(x, order, starts, out):
@@ -105,10 +101,10 @@ def aot():
     sizes = {"rows": "i64", "codes": "i32", "channels": "i32", "shortest": "fp32"}
     for dtype, acc in (("fp32", tl.float32), ("bf16", tl.float32), ("fp64", tl.float64)):
         for cosine in (False, True):
-            constants = {"COSINE": cosine, "ACC": acc, **_tiles(32, acc)}
+            constants = {"COSINE": cosine, "ACC": acc, **TILE}
             pointers = {"p_z": f"*{dtype}", "p_codebook": f"*{dtype}", "p_indices": "*i64"}
             names = dict.fromkeys(constants, "constexpr")
-            yield nearest_kernel, {**pointers, **sizes, **names}, constants, {}
+            yield nearest_kernel, {**pointers, **sizes, **names}, constants, {"num_warps": WARPS}
         pointers = {"p_x": f"*{dtype}", "p_order": "*i64", "p_starts": "*i64", "p_out": f"*{dtype}"}
         constants = {"CHANNELS": 16, "ACC": acc}
         names = dict.fromkeys(constants, "constexpr")
