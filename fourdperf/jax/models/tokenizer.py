@@ -17,6 +17,7 @@ from jax import Array
 
 from fourdperf.convert.flax_tree import nested
 from fourdperf.jax.models.layers import attention, read_pretrained, tap
+from fourdperf.jax.ops import vector_quantize
 from fourdperf.models import maskgit_vqgan, titok, token_generator, tokenizer
 from fourdperf.models.convolutions import GROUP_NORM_EPS, GROUPS
 from fourdperf.models.titok import LOG_VARIANCE_RANGE
@@ -175,9 +176,9 @@ class VectorQuantizer(nn.Module):
 
     def __call__(self, z: Array) -> tuple[Array, Array]:
         """Codes `(.., C)` and indices `(..)` of z `(.., C)`."""
-        codes = self.codes()
-        indices = (jnp.square(codes).sum(1) - 2 * z @ codes.T).argmin(-1)
-        return codes[indices], indices
+        wide = jnp.promote_types(z.dtype, jnp.float32)
+        found = vector_quantize(z.astype(wide), self.codes().astype(wide))
+        return found.quantized, found.indices
 
     def lookup(self, indices: Array) -> Array:
         return self.codes()[indices]
