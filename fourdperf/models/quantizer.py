@@ -137,9 +137,9 @@ class VectorQuantizer(nn.Module):
         """Codes without use for `restart` passes become rows, spread over all rows from another start in every pass."""
         dead = self.unused >= self.restart
         place = torch.arange(len(dead), dtype=torch.float64, device=rows.device) * GOLDEN_RATIO
-        places = ((place + self.steps * 2**0.5) % 1 * len(rows)).long().clamp(max=len(rows) - 1)
+        places = ((place + self.steps.double() * 2**0.5) % 1 * len(rows)).long().clamp(max=len(rows) - 1)
         fresh = rows[places].to(self.codebook.dtype)
-        if dist.is_initialized():
+        if _distributed():
             dist.broadcast(fresh, 0)
         self.codebook.copy_(torch.where(dead[:, None], fresh, self.codebook))
         self.unused.masked_fill_(dead, 0)
@@ -150,15 +150,14 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def _keep(self, rows: Tensor, indices: Tensor, usage: Tensor) -> None:
         """Counts the use of codes, and moves them towards the mean of the rows that they were chosen for."""
-        together = dist.is_initialized()
-        if together:
+        if _distributed():
             dist.all_reduce(usage)
         if self.restart is not None:
             self.unused.copy_(torch.where(usage > 0, 0, self.unused + 1))
         if self.ema is None:
             return
         sums = code_sums(rows, indices, len(usage))
-        if together:
+        if _distributed():
             dist.all_reduce(sums)
         # the average of sums is counts * codebook, so that only counts are kept beside the codebook
         usage = usage.to(sums.dtype)
@@ -169,6 +168,10 @@ class VectorQuantizer(nn.Module):
     def lookup(self, indices: Tensor) -> Tensor:
         """The codes `(.., C)` of `indices` `(..)`; raises ValueError where they are no integers."""
         return self.codes()[check_integers(indices)]
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 def soft_choices(z: Tensor, codes: Tensor, temperature: float) -> Tensor:
