@@ -18,14 +18,15 @@ if TYPE_CHECKING:
 
 __all__ = ["tokenizer"]
 
-SMALL = {"patch_size": 8, "num_latents": 32, "hidden_size": 192, "num_layers": 4, "num_heads": 3, "codebook_size": 1024}
+SMALL = {"patch_size": 8, "num_latents": 32, "hidden_size": 192, "num_layers": 4, "num_heads": 3}
+SMALL |= {"codebook_size": 1024, "latent_channels": 8, "restart": 20}
 TINY: dict[str, Mapping[str, Any]] = {
     "tokenizer": {
         **SMALL,
-        **{"mlp_size": 768, "latent_channels": 8, "decoder_size": 192, "decoder_channels": 32},
+        **{"mlp_size": 768, "decoder_size": 192, "decoder_channels": 32},
         **{"channel_multipliers": (1, 1, 2, 2), "res_blocks": 1, "attention_sizes": (8,)},
     },
-    "titok": {**SMALL, "latent_channels": 8, "decoder_size": 192, "decoder_layers": 4, "decoder_heads": 3},
+    "titok": {**SMALL, "decoder_size": 192, "decoder_layers": 4, "decoder_heads": 3},
 }
 
 
@@ -247,6 +248,11 @@ def _network(options: dict[str, Any], vqgan: "MaskGITVQGAN | None") -> tuple["To
     if options["stage"] == "1" and network.config.patch_size != vqgan.config.factor:
         wanted = f"codes {network.config.patch_size} pixels wide, the model's patch_size"
         raise ValueError(f"--target: wanted {wanted}, got one of {vqgan.config.factor}")
+    c = network.config
+    if options["strategy"] == "fsdp" and c.restart is not None and c.ema is None:
+        raise ValueError(
+            "--strategy: fsdp shards the codebook; wanted --model.ema 0.99 or --model.restart null with it"
+        )
     if options["init_encoder"] is not None:
         from fourdperf.models.encoder_init import init_encoder
 

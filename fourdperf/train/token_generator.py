@@ -78,7 +78,8 @@ class TokenGeneratorTraining(ModelTraining):
         for model in (self.network, self.model):
             for block in (*model.blocks, *model.skip_blocks):
                 fully_shard(block, mesh=mesh["data_parallel"])
-            fully_shard(model, mesh=mesh["data_parallel"])
+            # the average must be in parts after a validation
+            fully_shard(model, mesh=mesh["data_parallel"], reshard_after_forward=model is self.model)
         self.sharded = True
 
     def on_fit_start(self) -> None:

@@ -105,7 +105,8 @@ class TokenizerTraining(ModelTraining):
         for model in [self.model] if self.learner is None else [self.model, self.learner]:
             for block in model.encoder.blocks:
                 fully_shard(block, mesh=mesh["data_parallel"])
-            fully_shard(model, mesh=mesh["data_parallel"])
+            # the average must be in parts after a validation; the last layer, whole after a forward pass
+            fully_shard(model, mesh=mesh["data_parallel"], reshard_after_forward=model is not self.trained)
         if self.adversary is not None:
             fully_shard(self.adversary.discriminator, mesh=mesh["data_parallel"])
         self.sharded = True

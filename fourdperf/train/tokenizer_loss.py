@@ -144,12 +144,9 @@ def lecam_loss(real: Tensor, fake: Tensor, mean_real: Tensor, mean_fake: Tensor)
     return (F.relu(real.mean() - mean_fake).square() + F.relu(mean_real - fake.mean()).square()).mean()
 
 
-def adaptive_weight(reconstruction: Tensor, generator: Tensor, last_layer: Tensor) -> Tensor:
-    """The ratio of the two losses' gradients on the last layer, between 0 and 1e4; the graph stays."""
-    ours, theirs = (
-        torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm() for loss in (reconstruction, generator)
-    )
-    return (ours / (theirs + GRADIENT_FLOOR)).clamp(0, LARGEST_WEIGHT).detach()
+def adaptive_weight(ours: Tensor, theirs: Tensor) -> Tensor:
+    """The ratio of the lengths of two losses' gradients on the last layer, between 0 and 1e4."""
+    return (ours.norm() / (theirs.norm() + GRADIENT_FLOOR)).clamp(0, LARGEST_WEIGHT)
 
 
 class Adversary(nn.Module):
@@ -166,12 +163,16 @@ class Adversary(nn.Module):
 
         No gradient reaches the discriminator.
         """
-        self.discriminator.requires_grad_(False)
-        loss = generator_loss(self.weights.discriminator_loss, self.discriminator(recon).float())
-        self.discriminator.requires_grad_(True)
-        weight = adaptive_weight(reconstruction, loss, last_layer) if self.weights.adaptive else loss.new_ones(())
-        weight = self.weights.adversarial * weight
-        return {"generator": loss.detach(), "generator_weight": weight, "adversarial": weight * loss}
+        seen = recon.detach().requires_grad_()
+        loss = generator_loss(self.weights.discriminator_loss, self.discriminator(seen).float())
+        (slope,) = torch.autograd.grad(loss, seen)
+        weight, loss = torch.full_like(loss, self.weights.adversarial), loss.detach()
+        if self.weights.adaptive:
+            (ours,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
+            (theirs,) = torch.autograd.grad(recon, last_layer, slope, retain_graph=True)
+            weight = weight * adaptive_weight(ours, theirs)
+        rise = (recon * slope).sum()  # has the loss's gradient
+        return {"generator": loss, "generator_weight": weight, "adversarial": weight * (loss + rise - rise.detach())}
 
     def discriminator_terms(self, images: Tensor, recon: Tensor) -> dict[str, Tensor]:
         """The loss "discriminator", and the mean logits "real" and "fake". No gradient reaches `recon`."""
