@@ -56,7 +56,7 @@ def decode(model: Tokenizer, latents: Tensor) -> Tensor:
     x = tokens.embed(latents.squeeze(2).transpose(1, 2))
     first = [tokens.class_token.expand(len(x), 1, -1), tokens.mask_token.expand(len(x), tokens.patches, -1)]
     x = torch.cat([*first, x], 1) + tokens.positions
-    x = decoder.stem(x.transpose(1, 2).unsqueeze(-1))
+    x = _convolved(decoder.stem, x.transpose(1, 2).unsqueeze(-1))
     for part in decoder.mid:
         x = _part(part, x)
     x = x[:, :, 1 : 1 + tokens.patches, 0].reshape(len(x), -1, *decoder.grid)
@@ -66,14 +66,14 @@ def decode(model: Tokenizer, latents: Tensor) -> Tensor:
             if level.attention is not None:
                 x = _part(level.attention[index], x)
         if level.upsample is not None:
-            x = level.upsample(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-    return (decoder.out(_swish(decoder.norm(x))) + 1) / 2
+            x = _convolved(level.upsample, F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    return (_convolved(decoder.out, _swish(decoder.norm(x))) + 1) / 2
 
 
 def _part(part: ResBlock | PixelAttention, x: Tensor) -> Tensor:
     if isinstance(part, ResBlock):
-        out = part.conv_in(_swish(part.norm_in(x)))
-        out = part.conv_out(_swish(part.norm_out(out)))
+        out = _convolved(part.conv_in, _swish(part.norm_in(x)))
+        out = _convolved(part.conv_out, _swish(part.norm_out(out)))
         return (x if part.skip is None else part.skip(x)) + out
     tokens = part.norm(x)
     weights = part.qkv.weight[..., None, None].chunk(3)
@@ -81,6 +81,11 @@ def _part(part: ResBlock | PixelAttention, x: Tensor) -> Tensor:
     scores = torch.bmm(query.transpose(1, 2), key) * x.shape[1] ** -0.5
     out = torch.bmm(value, scores.softmax(2).transpose(1, 2)).view_as(x)
     return x + F.conv2d(out, part.out.weight[..., None, None], part.out.bias)
+
+
+def _convolved(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """As nn.Conv2d does it."""
+    return F.conv2d(x, layer.weight, layer.bias, padding=1)
 
 
 def _swish(x: Tensor) -> Tensor:
