@@ -33,7 +33,7 @@ SHARED = (
     "tokenizers",
 )
 OF_TOKENIZER = ("maskgit_vqgan", "titok", "token_generator")  # one mirror, converter and test file with tokenizer.py
-FOR_TRAINING = ("discriminators", "encoder_init", "image_mae", "perceptual")  # of tokenizers, in PyTorch alone
+FOR_TRAINING = ("discriminators", "encoder_init", "encoder_weights", "image_mae", "perceptual")  # in PyTorch alone
 APART = (*SHARED, *OF_TOKENIZER, *FOR_TRAINING)
 MODELS = [file.stem for file in (ROOT / "fourdperf/models").glob("*.py") if file.stem not in APART]
 

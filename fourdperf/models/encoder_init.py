@@ -27,10 +27,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fourdperf.convert.d4rt_encoder import IMAGENET_MEAN, IMAGENET_STD, fit_kernel, read_4ds
+from fourdperf.convert.d4rt_encoder import fit_kernel, read_4ds
 from fourdperf.convert.state import read_state
 from fourdperf.convert.tokenizer import TIMM, block, norm
-from fourdperf.models.checkpoint import CONFIG, WEIGHTS, CheckpointError, check_keys, read_config
+from fourdperf.models.checkpoint import CONFIG, CheckpointError, check_keys, read_config
+from fourdperf.models.encoder_weights import NAMES, OURS, USUAL, VITS, find_weights, resolve, weights_file
 from fourdperf.models.titok import TiTok
 from fourdperf.models.token_blocks import ACTIVATIONS, TokenEncoder
 from fourdperf.models.tokenizer import Tokenizer
@@ -38,49 +39,7 @@ from fourdperf.ops import resize
 
 __all__ = ["NAMES", "encoder_fields", "init_encoder"]
 
-SIZES = {384: ("small", "s"), 768: ("base", "b"), 1024: ("large", "l")}  # by width
-HEAD_DIM = 64  # of every ViT below
-
-
-class Known(NamedTuple):
-    """A kind of ViT.
-
-    repositories: on the Hugging Face hub; files: as torch.hub keeps them. {size} and {letter} are those of SIZES.
-    prefix: before the names in the file. fields: of `tokenizer.Config`, as the ViT has them.
-    """
-
-    repositories: tuple[str, ...]
-    files: tuple[str, ...]
-    fields: dict
-    prefix: str = ""
-    mean: Sequence[float] = IMAGENET_MEAN
-    std: Sequence[float] = IMAGENET_STD
-
-
-USUAL = {"activation": "gelu", "qkv_bias": True, "norm_eps": 1e-6, "norm_pre": False}
-CLIP = {"activation": "quick_gelu", "qkv_bias": True, "norm_eps": 1e-5, "norm_pre": True}
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-VITS = {
-    "mae": Known(("timm/vit_{size}_patch16_224.mae",), ("mae_pretrain_vit_{size}.pth",), USUAL),
-    "clip": Known(
-        ("timm/vit_{size}_patch16_clip_224.openai", "timm/vit_{size}_patch14_clip_224.openai"),
-        (),
-        CLIP,
-        mean=CLIP_MEAN,
-        std=CLIP_STD,
-    ),
-    "dino": Known(
-        ("timm/vit_{size}_patch16_224.dino",),
-        ("dino_vit{size}16_pretrain.pth", "dino_deit{size}16_pretrain.pth"),
-        USUAL,
-    ),
-    "dinov2": Known(("timm/vit_{size}_patch14_dinov2.lvd142m",), ("dinov2_vit{letter}14_pretrain.pth",), USUAL),
-    "depth_anything_v2": Known(
-        ("depth-anything/Depth-Anything-V2-{Size}",), ("depth_anything_v2_vit{letter}.pth",), USUAL, "pretrained."
-    ),
-}
-OURS = {"4ds": "a folder of fourdperf convert", "image_mae": "the folder of a run of fourdperf train image_mae"}
-NAMES = (*VITS, *OURS)
+HEAD_DIM = 64  # of the ViTs that are read under timm's names
 
 
 class Vit(NamedTuple):
@@ -109,7 +68,7 @@ def encoder_fields(name: str) -> dict:
 
     Raises ValueError for a name that is none of NAMES nor of timm's models.
     """
-    kind, _ = _resolve(name)
+    kind, _ = resolve(name)
     return dict(VITS[kind].fields if kind in VITS else USUAL)
 
 
@@ -127,12 +86,11 @@ def init_encoder(model: Tokenizer | TiTok, name: str, weights: str | os.PathLike
         OSError: the file cannot be read.
     The model is as it was in all these cases.
     """
-    kind, exact = _resolve(name)
-    encoder = model.encoder
-    width, num_layers = encoder.latent_tokens.shape[1], len(encoder.blocks)
-    path = _find(kind, exact, width) if weights is None else Path(weights)
+    kind, width = resolve(name)
+    encoder, num_layers = model.encoder, len(model.encoder.blocks)
+    path = find_weights(kind, width or encoder.latent_tokens.shape[1]) if weights is None else Path(weights)
     read = {"4ds": _read_4ds, "image_mae": _read_image_mae}.get(kind)
-    vit = read(path, num_layers) if read else _read_timm(_file(path), kind, num_layers)
+    vit = read(path, num_layers) if read else _read_timm(weights_file(path), kind, num_layers)
     notes = _check(kind, path, vit, encoder)
     tensors, fitted = _fit(vit, encoder, isinstance(model, Tokenizer))
     wanted = {name: tuple(x.shape) for name, x in encoder.state_dict().items() if name in tensors}
@@ -146,69 +104,6 @@ def init_encoder(model: Tokenizer | TiTok, name: str, weights: str | os.PathLike
     if vit.unused:
         parts.append(f"not used: {', '.join(vit.unused[:8])}{', ..' if len(vit.unused) > 8 else ''}")
     return "; ".join(parts)
-
-
-def _resolve(name: str) -> tuple[str, str | None]:
-    """The kind, and the repository's name on the hub where `name` says more than the kind."""
-    if name in NAMES:
-        return name, None
-    for kind, known in VITS.items():
-        for repository in known.repositories:
-            for size, letter in SIZES.values():
-                if repository.startswith("timm/") and name == repository[5:].format(size=size, letter=letter):
-                    return kind, f"timm/{name}"
-    raise ValueError(f"init_encoder: wanted one of {', '.join(NAMES)}, or timm's name of such a model, got {name!r}")
-
-
-# Where weights are
-
-
-def _find(kind: str, exact: str | None, width: int) -> Path:
-    """The file of a ViT of this width in the hubs' caches."""
-    if kind in OURS:
-        raise FileNotFoundError(f"{kind}: wanted weights, {OURS[kind]}, got none")
-    if width not in SIZES:
-        widths = ", ".join(map(str, SIZES))
-        raise FileNotFoundError(f"{kind}: wanted weights, since there are none of width {width} (but of {widths})")
-    size, letter = SIZES[width]
-    fill = lambda text: text.format(size=size, letter=letter, Size=size.capitalize())
-    repositories = [exact] if exact else [fill(repository) for repository in VITS[kind].repositories]
-    files = [fill(file) for file in VITS[kind].files]
-    hub, checkpoints = _hub_cache(), Path(torch.hub.get_dir()) / "checkpoints"
-    for repository in repositories:
-        folder = hub / f"models--{repository.replace('/', '--')}" / "snapshots"
-        for found in sorted(folder.glob("*")):
-            for file in (WEIGHTS, "pytorch_model.bin", *files):
-                if (found / file).is_file():
-                    return found / file
-    for file in files:
-        if (checkpoints / file).is_file():
-            return checkpoints / file
-    pages = " or ".join(f"https://huggingface.co/{repository}" for repository in repositories)
-    either = f" (or {' or '.join(files)} of its authors)" if files else ""
-    raise FileNotFoundError(
-        f"{kind}: no weights in {hub} or {checkpoints}; get the {WEIGHTS} of {pages}{either} and give its path as the "
-        f"encoder's weights"
-    )
-
-
-def _hub_cache() -> Path:
-    """Where huggingface_hub keeps what it loads, by its own rules."""
-    if os.environ.get("HF_HUB_CACHE"):
-        return Path(os.environ["HF_HUB_CACHE"])
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("HF_HOME") or Path(cache) / "huggingface") / "hub"
-
-
-def _file(path: Path) -> Path:
-    if not path.is_dir():
-        if not path.is_file():
-            raise FileNotFoundError(f"weights: no such file: {path}")
-        return path
-    for name in (WEIGHTS, "pytorch_model.bin"):
-        if (path / name).is_file():
-            return path / name
-    raise FileNotFoundError(f"weights: no {WEIGHTS} and no pytorch_model.bin in {path}")
 
 
 # Reading
