@@ -171,9 +171,10 @@ def test_sharded_processes_equal_one(data, tmp_path):
     done = start(data, tmp_path / "two", *options, *more)
     assert done.returncode == 0, done.stderr
     assert train(data, tmp_path / "one", *options) == 0
-    before, after = (column(tmp_path / name, "reconstruction") for name in ("one", "two"))
-    assert before == pytest.approx(after, rel=5e-3)  # the adaptive weight is each process's own
-    assert before[:3] == pytest.approx(after[:3], rel=1e-4)
+    one, two = (column(tmp_path / name, "grad_norm") for name in ("one", "two"))
+    assert one[:2] == pytest.approx(two[:2], rel=1e-4)
+    assert one == pytest.approx(two, rel=0.05)  # the adaptive weight is each process's own
+    assert all(column(tmp_path / "two", "generator_weight")[2:])
     kept = [weights(tmp_path / name)["decoder.out.weight"] for name in ("one", "two")]
     assert (kept[0] - kept[1]).abs().max() < 1e-3
 
