@@ -3,13 +3,13 @@ generator of TiTok-L-32.
 
     fourdperf bench tokenizer
 
-Peers: the seed's way (`_seed_tokenizer`, in the same dtype and, for bfloat16, in float32 too), and torch.compile of ours.
+Peers: the seed's way (`_seed_tokenizer`; in the same dtype and, for bfloat16, in float32 too), torch.compile of ours.
 Every provider gives the latents before the quantizer and the picture of one and the same code, since a rounding can
 change which code is the nearest; the quantizer's work is done, too. Floor: FLOPs of matrix products and convolutions as
-written, at the measured matmul rate; ours makes fewer (rows of one-pixel-wide pictures, doubled pixels).
+the seed has them, at the measured matmul rate. Ours makes a tenth less (doubled pixels, pictures one pixel wide).
 
-Generation: 8 pictures of 32 codes in 8 steps of which the first has no guidance. The plain loop makes two passes in every
-step, one after the other. Codes a second: 256 over the time.
+Generation: 8 pictures of 32 codes in 8 steps, of which the first has no guidance. The plain loop makes two passes in
+every step, one after the other. Codes a second: 256 over the time.
 """
 
 import copy
@@ -93,24 +93,22 @@ def flops(model: Tokenizer) -> int:
 
 
 def _generation(model: TokenGenerator, dtype: str) -> Case:
-    model, config = copy.deepcopy(model).to(getattr(torch, dtype)), model.config
+    model, c = copy.deepcopy(model).to(getattr(torch, dtype)), model.config
     classes = torch.arange(PICTURES, device=model.tokens.device)
     seeded = lambda: torch.Generator(classes.device).manual_seed(0)
-    passes, c = 2 * STEPS - 1, config
+    passes = 2 * STEPS - 1
     tokens = PICTURES * (1 + c.num_tokens)
     layer = 2 * tokens * c.hidden_size * (4 * c.hidden_size + 2 * c.mlp_size)
     layer += 4 * tokens * (1 + c.num_tokens) * c.hidden_size
     head = 2 * PICTURES * c.num_tokens * c.hidden_size * c.codebook_size
-    providers = {
-        "fourdperf": lambda: model.generate(classes, steps=STEPS, generator=seeded()),
-        "plain loop": lambda: plain_generate(model, classes, seeded()),
-    }
+    providers = {"fourdperf": lambda: model.generate(classes, steps=STEPS, generator=seeded())}
+    if dtype == "float32":  # with random weights a rounding of bfloat16 changes codes, and nothing could be compared
+        providers["plain loop"] = lambda: plain_generate(model, classes, seeded())
     return Case(
         *("tokenizer", f"{PICTURES} x {c.num_tokens} codes of TiTok-L-32, {STEPS} steps", dtype),
         {name: torch.inference_mode()(function) for name, function in providers.items()},
         flops=passes * (c.num_layers * layer + head),
-        # random weights and noise: a rounding changes codes, so only fp32's must be the same
-        tolerance=0.0 if dtype == "float32" else math.inf,
+        tolerance=0.0,
     )
 
 
