@@ -10,8 +10,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from fourdperf.models import quantizer as module
+from fourdperf.models import titok
 from fourdperf.models.quantizer import VectorQuantizer, entropy, entropy_loss, soft_choices
+from fourdperf.models.titok import TiTok
 from tests.models.goldens import close
+from tests.models.tokenizer_cases import PIXELS, TITOK
 
 
 def quantizer_and_z(**options):
@@ -145,6 +148,16 @@ def test_two_passes_before_one_backward(in_place):
     quantizer(second)
     for a, b in zip(torch.autograd.grad(loss, (first, quantizer.codebook)), wanted):
         assert torch.equal(a, b)
+
+
+def test_frozen_codes_stay():
+    """A TiTok with a pixel decoder keeps the state of its moving averages, and moves nothing in train mode."""
+    codes = {"target": "codes", "target_codes": 12, "pixels": PIXELS}
+    model = TiTok(titok.Config(**TITOK, **codes, ema=0.5, restart=1)).train()
+    before = {name: x.clone() for name, x in model.quantizer.state_dict().items()}
+    model(torch.rand(2, *model.config.image_size, 3))
+    assert model.decoder.training and set(before) == {"codebook", "counts", "unused", "steps"}
+    assert all(torch.equal(x, before[name]) for name, x in model.quantizer.state_dict().items())
 
 
 def test_resumes_exactly():
