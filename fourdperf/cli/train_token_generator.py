@@ -112,12 +112,13 @@ def token_generator(
     if reader.quantizer is None:
         raise ValueError(f"--tokenizer: wanted one with codes, got a VAE: {tokenizer}")
     check_pictures(reader)
-    train, val, classes = _items(options, reader)
     sizes = {"codebook_size": reader.config.codebook_size, "num_tokens": reader.config.num_latents}
-    fields = {**sizes, "num_classes": max(1, len(classes)), **(model or {})}
+    fields = {**sizes, **(model or {})}
     for name, value in sizes.items():
         if fields[name] != value:
             raise ValueError(f"--model.{name}: wanted {value}, as the tokenizer has it, got {fields[name]}")
+    train, val, classes = _items(options, reader)
+    fields = {"num_classes": max(1, len(classes)), **fields}
     config = Config.from_dict({**TINY, **fields}) if variant == "tiny" else Config.from_variant(variant, **fields)
     network = TokenGenerator(config)
     module = TokenGeneratorTraining(
