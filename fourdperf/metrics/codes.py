@@ -53,13 +53,13 @@ def co_occurrence(codes: Tensor, size: int, most: int = MOST_CODES) -> tuple[Ten
 def code_clusters(correlation: Tensor, clusters: int) -> Tensor:
     """Clusters of codes that come together: correlations `(M, M)` -> each code's cluster `(M,)`, 0 the largest.
 
-    Average linkage of 1 - correlation. Raises ImportError without scikit-learn.
+    Complete linkage of 1 - correlation. Raises ImportError without scikit-learn.
     """
     if len(correlation) <= clusters:
         return torch.arange(len(correlation))
     from sklearn.cluster import AgglomerativeClustering
 
-    linkage = AgglomerativeClustering(clusters, metric="precomputed", linkage="average")
+    linkage = AgglomerativeClustering(clusters, metric="precomputed", linkage="complete")
     labels = linkage.fit_predict((1 - correlation).clamp(min=0).numpy())
     order = np.argsort(-np.bincount(labels, minlength=clusters), kind="stable")
     return torch.from_numpy(np.argsort(order)[labels])

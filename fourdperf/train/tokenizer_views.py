@@ -111,9 +111,12 @@ def patches_picture(items: Dataset, codes: Tensor, histogram: Tensor, changes: T
     """Rows of patches where a frequent code is used: in pictures that have it, the places that its token is about."""
     rows = []
     for code in histogram.argsort(descending=True, stable=True)[:CODES].tolist():
-        uses = (codes == code).nonzero()[:PATCHES].tolist()
-        if uses:
-            patches = [_patch(items[index][0], changes[place]) for index, place in uses]
+        there = codes == code
+        pictures = there.any(1).nonzero()[:, 0]
+        if len(pictures):
+            pictures = pictures[torch.linspace(0, len(pictures) - 1, min(PATCHES, len(pictures))).round().long()]
+            places = there[pictures].int().argmax(1).tolist()
+            patches = [_patch(items[index][0], changes[place]) for index, place in zip(pictures.tolist(), places)]
             rows.append(label(side_by_side(patches, gap=2), f"code {code}: {int(histogram[code])} uses"))
     return _wrap(rows, 2, gap=16)
 
