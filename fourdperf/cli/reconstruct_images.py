@@ -53,7 +53,7 @@ def reconstruct_images(
     blocks, rows = [], {}
     for number in tqdm(range(len(items)), unit="image", disable=None):
         image = items[number][0]
-        columns = [[label(panel(to_pixels(image)), items.pictures.paths[number].name)]]
+        columns = [[label(label(panel(to_pixels(image)), "as it is"), items.pictures.paths[number].name)]]
         for path, model in tokenizers.items():
             found = {"tokens": reconstructed(model, path.name, image)}
             if codecs:
@@ -79,8 +79,8 @@ def reconstructed(model: Tokenizer | TiTok, name: str, image: torch.Tensor) -> C
 
 def _cell(name: str, found: Coded | None, image: torch.Tensor) -> np.ndarray:
     if found is None:
-        return label(panel(np.full(image.shape, MISSING, np.uint8)), f"{name}: not in so few bytes")
-    return label(panel(found.image), f"{name}, {found.bytes} B, {found.psnr:.1f} dB")
+        return label(label(panel(np.full(image.shape, MISSING, np.uint8)), "not in so few"), name)
+    return label(label(panel(found.image), f"{found.bytes} B, {found.psnr:.1f} dB"), name)
 
 
 def _mean(found: list[Coded | None]) -> dict[str, float]:

@@ -166,14 +166,14 @@ def test_reconstructions_side_by_side_with_bytes_and_codecs(models, pictures, tm
     names = [models / "seed", models / "vae"]
     command = ["reconstruct-images", str(pictures / "p0.png"), str(pictures / "p1.png"), "--models", *map(str, names)]
     assert main([*command, f"--out={out}"]) == 0
-    # cells of 16 x 24 enlarged eight times under a line of text; three rows an image; the image and two models
-    assert read(out).shape == (2 * (3 * 150 + 2 * 4) + 16, 3 * 192 + 2 * 4, 3)
+    # cells of 16 x 24 enlarged eight times under two lines of text; three rows an image; the image and two models
+    assert read(out).shape == (2 * (3 * 172 + 2 * 4) + 16, 3 * 192 + 2 * 4, 3)
     printed = capsys.readouterr().out
     assert all(f"{name}: {what}" in printed for name in names for what in ("5 tokens", *CODECS))
     seed = next(line for line in printed.splitlines() if "seed: 5 tokens" in line)
     assert float(seed.split()[-3]) == 4  # 5 codes of 5 bits
     assert main([*command, f"--out={out}", "--codecs=false"]) == 0
-    assert read(out).shape == (2 * 150 + 16, 3 * 192 + 2 * 4, 3)
+    assert read(out).shape == (2 * 172 + 16, 3 * 192 + 2 * 4, 3)
 
 
 def test_generated_images_follow_the_seed_and_decode_from_their_codes(models, tmp_path):
