@@ -1,0 +1,52 @@
+"""`fourdperf train tokenizer` and `token_generator` as commands: YAML, defaults, and models that start from others."""
+
+import json
+
+import pytest
+import torch
+
+from fourdperf.cli.main import main
+from fourdperf.cli.train_tokenizer import TINY
+from fourdperf.models.tokenizers import FAMILIES, load_tokenizer
+from tests.train.tokenizer_runs import options, train, write_pictures
+
+pytest.importorskip("lightning")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_default_sizes(family):
+    """As many latents as the seed's smaller models have, of pictures of 64 pixels."""
+    model = FAMILIES[family](FAMILIES[family].CONFIG(image_size=64, **TINY[family]))
+    found = model.eval()(torch.rand(1, 64, 64, 3))
+    assert found.recon.shape == (1, 64, 64, 3) and found.encoded.indices.shape == (1, 32)
+    assert sum(p.numel() for p in model.parameters()) < 5e6
+
+
+def test_yaml(data, tmp_path):
+    config = tmp_path / "run.yaml"
+    lines = [f"data_path: {data}", f"out: {tmp_path / 'run'}", "max_steps: 1", "loss:", "  l2: 2.0"]
+    config.write_text("\n".join([*lines, "model:", "  codebook_size: 12"]) + "\n")
+    mine = ("--max_steps", "--model.codebook_size")
+    given = [option for option in options("tokenizer") if not option.startswith(mine)]
+    assert main(["train", "tokenizer", f"--config={config}", *given]) == 0
+    assert load_tokenizer(tmp_path / "run").config.codebook_size == 12
+    written = json.loads((tmp_path / "run" / "options.json").read_text())
+    assert written["max_steps"] == 1 and written["loss"]["l2"] == 2.0 and written["perceptual_loss"] is None
+
+
+def test_sharding_wants_a_codebook_that_is_whole(data, tmp_path, capsys):
+    assert train(data, tmp_path / "run", "--strategy=fsdp", "--model.restart=20") == 2
+    assert "--strategy: fsdp shards the codebook; wanted --model.ema 0.99" in capsys.readouterr().err
+
+
+def test_generators_want_codes(data, tmp_path, capsys):
+    assert train(data, tmp_path / "vae", "--model.mode=vae", "--max_steps=1", family="titok") == 0
+    more = [f"--tokenizer={tmp_path / 'vae'}", f"--out={tmp_path / 'run'}", f"--data_path={data}"]
+    assert main(["train", "token_generator", *more]) == 2
+    assert "--tokenizer: wanted one with codes, got a VAE" in capsys.readouterr().err
