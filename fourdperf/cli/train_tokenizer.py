@@ -102,7 +102,8 @@ def tokenizer(
         lpips_vgg: torchvision's vgg16-397923af.pth for the perceptual loss; by default in torch's cache. Without it an
             L1 of Laplacian pyramids stands in, and a warning says so.
         lpips_linear: richzhang's vgg.pth; by default of the packages lpips or torchmetrics.
-        features: A frozen encoder for --loss.features, named as --init_encoder.
+        features: A frozen encoder for --loss.features, named as --init_encoder; of the sizes of tiny, small, base or
+            large as --variant says, else base.
         features_weights: Its weights.
         discriminator: patch (the seed's, BatchNorm), titok (TiTok's own, GroupNorm), or none.
         discriminator_width: Channels of its first layer; by default 32 for tiny, else 64, of titok 128.
@@ -225,6 +226,7 @@ def _check(options: dict[str, Any]) -> None:
 
 def _network(options: dict[str, Any], vqgan: "MaskGITVQGAN | None") -> tuple["Tokenizer | TiTok", list[str]]:
     """The model to train, and what it starts from, in words."""
+    from fourdperf.models.encoder_init import encoder_fields, init_encoder
     from fourdperf.models.tokenizers import FAMILIES, load_tokenizer
     from fourdperf.train.tokenizer import with_pixel_decoder
 
@@ -239,6 +241,8 @@ def _network(options: dict[str, Any], vqgan: "MaskGITVQGAN | None") -> tuple["To
         fields = {"image_size": options["image_size"] or (64 if tiny else 256)}
         if options["stage"] == "1":
             fields |= {"target": "codes", "target_codes": vqgan.config.codebook_size}
+        if options["init_encoder"] is not None and family == "tokenizer":
+            fields |= encoder_fields(options["init_encoder"])
         fields |= options["model"] or {}
         config = FAMILIES[family].CONFIG
         config = (
@@ -254,21 +258,20 @@ def _network(options: dict[str, Any], vqgan: "MaskGITVQGAN | None") -> tuple["To
             "--strategy: fsdp shards the codebook; wanted --model.ema 0.99 or --model.restart null with it"
         )
     if options["init_encoder"] is not None:
-        from fourdperf.models.encoder_init import init_encoder
-
         told.append(init_encoder(network, options["init_encoder"], options["init_weights"]))
     return network.train(), told
 
 
 def _features(options: dict[str, Any], size: tuple[int, int]):
     """The frozen encoder of the feature loss."""
-    from fourdperf.models.encoder_init import init_encoder
-    from fourdperf.models.tokenizer import Config, Tokenizer
+    from fourdperf.models.encoder_init import encoder_fields, init_encoder
+    from fourdperf.models.tokenizer import VARIANTS, Config, Tokenizer
     from fourdperf.train.tokenizer import PatchFeatures
 
     if options["features"] is None:
         raise ValueError("--features: wanted the name of an encoder for --loss.features, got none")
-    network = Tokenizer(Config.from_variant("base", image_size=size))
+    sizes = TINY["tokenizer"] if options["variant"] == "tiny" else VARIANTS.get(options["variant"], VARIANTS["base"])
+    network = Tokenizer(Config(**{**sizes, **encoder_fields(options["features"]), "image_size": size}))
     init_encoder(network, options["features"], options["features_weights"])
     return PatchFeatures(network.encoder)
 

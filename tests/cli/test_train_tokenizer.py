@@ -7,6 +7,7 @@ import torch
 
 from fourdperf.cli.main import main
 from fourdperf.cli.train_tokenizer import TINY
+from fourdperf.models.image_mae import Config, ImageMAE
 from fourdperf.models.tokenizers import FAMILIES, load_tokenizer
 from tests.train.tokenizer_runs import options, train, write_pictures
 
@@ -38,6 +39,30 @@ def test_yaml(data, tmp_path):
     assert load_tokenizer(tmp_path / "run").config.codebook_size == 12
     written = json.loads((tmp_path / "run" / "options.json").read_text())
     assert written["max_steps"] == 1 and written["loss"]["l2"] == 2.0 and written["perceptual_loss"] is None
+
+
+def test_encoders_of_an_image_mae(data, tmp_path, capsys):
+    """To start from, and as the judge of features; both as --variant tiny has them."""
+    torch.manual_seed(0)
+    sizes = {name: TINY["tokenizer"][name] for name in ("patch_size", "hidden_size", "num_layers", "num_heads")}
+    ImageMAE(Config(image_size=16, mlp_size=768, **sizes)).save_pretrained(tmp_path / "mae")
+    more = [
+        f"--data_path={data}",
+        f"--out={tmp_path / 'run'}",
+        "--init_encoder=image_mae",
+        "--max_steps=1",
+        "--lr=1e-9",
+    ]
+    more += [f"--init_weights={tmp_path / 'mae'}", "--features=image_mae", f"--features_weights={tmp_path / 'mae'}"]
+    more += ["--image_size=16", "--loss.features=0.5", "--loss.perceptual=0", "--discriminator=none", "--batch_size=2"]
+    more += ["--model.channel_multipliers=[1,1]", "--model.attention_sizes=[]", "--accelerator=cpu", "--log_every=1"]
+    assert main(["train", "tokenizer", *more]) == 0
+    assert "encoder from image_mae" in capsys.readouterr().out
+    ours, theirs = load_tokenizer(tmp_path / "run").encoder, ImageMAE.from_pretrained(tmp_path / "mae").encoder
+    name = "blocks.3.mlp.dense_in.weight"
+    torch.testing.assert_close(ours.get_parameter(name), theirs.get_parameter(name), atol=1e-7, rtol=0)
+    header, row = (tmp_path / "run" / "train.csv").read_text().splitlines()
+    assert 0 < float(row.split(",")[header.split(",").index("features")]) < 2
 
 
 def test_sharding_wants_a_codebook_that_is_whole(data, tmp_path, capsys):
