@@ -249,7 +249,7 @@ def _network(options: dict[str, Any], vqgan: "MaskGITVQGAN | None") -> tuple["To
             config.from_dict({**TINY[family], **fields}) if tiny else config.from_variant(options["variant"], **fields)
         )
         network = FAMILIES[family](config)
-    if options["stage"] == "1" and network.config.patch_size != vqgan.config.factor:
+    if options["stage"] is not None and network.config.patch_size != vqgan.config.factor:
         wanted = f"codes {network.config.patch_size} pixels wide, the model's patch_size"
         raise ValueError(f"--target: wanted {wanted}, got one of {vqgan.config.factor}")
     c = network.config

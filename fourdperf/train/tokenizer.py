@@ -253,7 +253,7 @@ class PatchFeatures(nn.Module):
 def with_pixel_decoder(model: TiTok, vqgan: MaskGITVQGAN) -> TiTok:
     """A TiTok of stage 1 with the codes and the decoder of the VQGAN that it learned from: the start of stage 2.
 
-    Raises ValueError for a model that is past stage 1, or has learned the codes of another VQGAN.
+    Raises ValueError for a model that is not of stage 1, or a VQGAN with another number of codes.
     """
     c = model.config
     if c.target != "codes" or c.pixels is not None:
