@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from fourdperf.cli.checkpoints import Device, open_tokenizer
-from fourdperf.cli.training import check_at_least_one
+from fourdperf.cli.training import check_at_least_one, plain_error
 from fourdperf.data.files import output_folder, write_text
 from fourdperf.data.images import Split
 from fourdperf.data.video import write_png
@@ -63,12 +63,11 @@ def tokenizer(
     where = model.encoder.positions.device
     data_path = data_path or _data_of(run)
     images = open_image_set(data_path, split, model.config.image_size)
-    found = measure(
-        *(model, images, open_features(features, where), perceptual_or_substitute(vgg, linear).to(where)),
-        count=items,
-        batch_size=batch_size,
-        workers=workers,
-    )
+    means = open_features(features, where), perceptual_or_substitute(vgg, linear).to(where)
+    try:
+        found = measure(model, images, *means, count=items, batch_size=batch_size, workers=workers)
+    except (ValueError, OSError) as error:
+        raise plain_error(error) from error
     changes = None
     if views:
         sample = torch.stack([images[index][0] for index in range(min(views, len(images)))])

@@ -62,7 +62,7 @@ def generate(
     options = {"steps": steps, "guidance": guidance, "temperature": temperature}
     device_of_noise = model.tokens.device
     noise = torch.Generator(device_of_noise).manual_seed(seed)
-    described = describe(decoder, tokenizer.name, len(told), labels=None if classes is None else tuple(told))
+    described = describe(decoder, str(tokenizer), len(told), labels=None if classes is None else tuple(told))
     shown = []
     with (
         output_folder(out),

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from fourdperf.cli.checkpoints import Device, open_tokenizer
-from fourdperf.cli.training import check_at_least_one
+from fourdperf.cli.training import check_at_least_one, plain_error
 from fourdperf.data.image_sets import FilePictures, ImageSet, open_image_set
 from fourdperf.data.images import Split, list_images
 from fourdperf.data.token_file import Description, TokenWriter
@@ -54,12 +54,15 @@ def tokenize(
         items = open_image_set(images[0] if images else None, split, size)
         classes = items.classes
         labels = tuple(int(items.labels[number]) for number in items.mine) if classes else None
-    described = describe(tokenizer, model.name, len(items), names=names, labels=labels, classes=classes)
+    described = describe(tokenizer, str(model), len(items), names=names, labels=labels, classes=classes)
     where = tokenizer.encoder.positions.device
     with TokenWriter(out, described) as writer, tqdm(total=len(items), unit="image", disable=None) as bar:
-        for pictures, _ in DataLoader(items, batch_size, num_workers=workers):
-            writer.append(encode(tokenizer, pictures.to(where)))
-            bar.update(len(pictures))
+        try:
+            for pictures, _ in DataLoader(items, batch_size, num_workers=workers):
+                writer.append(encode(tokenizer, pictures.to(where)))
+                bar.update(len(pictures))
+        except (ValueError, OSError) as error:
+            raise plain_error(error) from error
     total, each = out.stat().st_size, described.record_bytes
     print(
         f"wrote {len(items):,} images as {described.num_tokens} tokens, {each} bytes each; {total:,} in all, to {out}"

@@ -98,6 +98,16 @@ def test_codes_in_the_file_are_the_model_s(models, pictures, tmp_path):
         assert torch.equal(TokenFile(out).read(0, 3), encode(model, torch.stack(images)))
 
 
+def test_a_broken_image_is_named_in_one_line_from_a_worker_too(models, pictures, tmp_path, capsys):
+    (tmp_path / "broken.png").write_bytes((pictures / "p0.png").read_bytes()[:-40])
+    command = ["tokenize", str(pictures / "p0.png"), str(tmp_path / "broken.png"), f"--model={models / 'seed'}"]
+    for workers in (0, 1):
+        assert main([*command, f"--out={tmp_path / 'codes.tok'}", f"--workers={workers}"]) == 2
+        error = capsys.readouterr().err.strip()
+        assert len(error.splitlines()) == 1 and "broken.png: the image is cut off" in error and "Traceback" not in error
+    assert [path.name for path in tmp_path.iterdir()] == ["broken.png"]
+
+
 def test_a_split_of_a_set_keeps_its_labels(models, pictures, tmp_path):
     out = tmp_path / "codes.tok"
     assert main(["tokenize", str(pictures), "--split=train", f"--model={models / 'seed'}", f"--out={out}"]) == 0
@@ -122,7 +132,7 @@ def test_fingerprints_tell_models_and_not_copies_apart(models, tmp_path):
 @pytest.mark.parametrize(
     "command, message",
     [
-        (["detokenize", "CODES", "--model=MODELS/other"], "tokens of seed .* mean nothing to .*other"),
+        (["detokenize", "CODES", "--model=MODELS/other"], "tokens of .*seed .* mean nothing to .*other"),
         (["detokenize", "CODES", "--model=MODELS/seed", "--start=5"], "--start: wanted 0 .. 4, got 5"),
         (["detokenize", "CODES"], "--model: wanted the folder of a tokenizer"),
         (["detokenize", "MODELS/seed/config.json", "--model=MODELS/seed"], "wanted a file of tokens"),
