@@ -41,7 +41,10 @@ def poisoned_memory(monkeypatch):
 @pytest.fixture(params=TARGETS, ids=str)
 def target(request) -> Target:
     """Every (backend, device, instruction set) there can be; skipped with its reason where it cannot run."""
-    wanted: Target = request.param
+    yield from in_use(request.param)
+
+
+def in_use(wanted: Target):
     reason = wanted.missing()
     if reason:
         pytest.skip(reason)

@@ -136,7 +136,7 @@ def test_without_the_library_eager_serves(monkeypatch, capsys):
     assert "the native library is not built" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16", "sse9"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16", "sse9"])
 def test_the_instruction_set_can_be_forced(isa):
     library, reason = native.library("cpu")
     if reason:

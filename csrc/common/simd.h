@@ -360,7 +360,7 @@ inline vec<float> exp2(vec<float> x) {
 inline vec<float> exp2_coarse(vec<float> x) {
   constexpr float c[] = {0.693282928290234f, 0.2422109693231668f, 0.05500893088168022f};  // minimax on [-1/2, 1/2]
   const vec<float> low = broadcast<float>(-127.f), magic = broadcast<float>(0x1.8p23f);
-  x = x < low ? low : x;
+  x = max(low, x);  // (NaN stays)
   const vec<float> shifted = x + magic, p = polynomial(x - (shifted - magic), c);
   return (vec<float>)((mask<float>)p + ((mask<float>)shifted << 23));
 }

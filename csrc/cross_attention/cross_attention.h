@@ -34,7 +34,7 @@ struct CrossAttentionArgs {
   int threads;
 };
 
-FOURDPERF_DECLARE_CPU(cross_attention, CrossAttentionArgs)
-FOURDPERF_DECLARE_CPU(cross_attention_backward, CrossAttentionArgs)
+FOURDPERF_DECLARE_CPU_AMX(cross_attention, CrossAttentionArgs)
+FOURDPERF_DECLARE_CPU_AMX(cross_attention_backward, CrossAttentionArgs)
 
 }  // namespace fourdperf

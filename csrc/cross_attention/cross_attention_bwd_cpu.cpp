@@ -21,15 +21,15 @@ template <class M>
 inline void weigh_queries(typename M::A* scores, const typename M::A* deltas, int64_t count, typename M::A c,
                           const typename M::A* largest, const typename M::A* factor, typename M::A* delta) {
   using A = typename M::A;
-  for (int j = 0; j < kVectors; ++j) {
+  for (int j = 0; j < M::kVectors; ++j) {
     const int at = j * lanes<A>;
     vec<A> sum = {};
     const Power<A> power(load<A>(largest + at), c);
     for (int64_t r = 0; r < count; ++r) {
-      A* score = scores + r * kLanes<A> + at;
+      A* score = scores + r * kLanes<M> + at;
       const vec<A> p = M::power(power.of(load<A>(score))) * load<A>(factor + at);
       store(score, p);
-      sum += p * load<A>(deltas + r * kLanes<A> + at);
+      sum += p * load<A>(deltas + r * kLanes<M> + at);
     }
     store(delta + at, load<A>(delta + at) + sum);
   }
@@ -40,15 +40,15 @@ template <class M>
 inline void differ_queries(const typename M::A* p, const typename M::A* deltas, int64_t count, const typename M::A* delta,
                            typename M::Unit* weights) {
   using A = typename M::A;
-  for (int j = 0; j < kVectors; ++j) {
+  for (int j = 0; j < M::kVectors; ++j) {
     const int at = j * lanes<A>;
-    for (int64_t r = 0; r < count; r += M::pair) {
+    for (int64_t r = 0; r < steps_of<M>(count) * M::pair; r += M::pair) {
       vec<A> t[M::pair] = {};
       for (int i = 0; i < M::pair && r + i < count; ++i) {
-        const int64_t row = (r + i) * kLanes<A> + at;
+        const int64_t row = (r + i) * kLanes<M> + at;
         t[i] = load<A>(p + row) * (load<A>(deltas + row) - load<A>(delta + at));
       }
-      M::put(weights + r / M::pair * kLanes<A> + at, t);
+      M::put(weights + r / M::pair * kLanes<M> + at, t);
     }
   }
 }
@@ -58,18 +58,18 @@ template <class M>
 inline void weigh_keys(const typename M::A* scores, const typename M::A* deltas, int64_t count, typename M::A c,
                        Stats<typename M::A> stats, typename M::Unit* weights_p, typename M::Unit* weights_t) {
   using A = typename M::A;
-  for (int j = 0; j < kVectors; ++j) {
+  for (int j = 0; j < M::kVectors; ++j) {
     const int at = j * lanes<A>;
-    for (int64_t r = 0; r < count; r += M::pair) {
+    for (int64_t r = 0; r < steps_of<M>(count) * M::pair; r += M::pair) {
       vec<A> p[M::pair] = {}, t[M::pair] = {};
       for (int i = 0; i < M::pair && r + i < count; ++i) {
-        const int64_t row = (r + i) * kLanes<A> + at;
+        const int64_t row = (r + i) * kLanes<M> + at;
         const Power<A> power(broadcast<A>(stats.largest[r + i]), c);
         p[i] = M::power(power.of(load<A>(scores + row))) * broadcast<A>(stats.factor[r + i]);
         t[i] = p[i] * (load<A>(deltas + row) - broadcast<A>(stats.delta[r + i]));
       }
-      M::put(weights_p + r / M::pair * kLanes<A> + at, p);
-      M::put(weights_t + r / M::pair * kLanes<A> + at, t);
+      M::put(weights_p + r / M::pair * kLanes<M> + at, p);
+      M::put(weights_t + r / M::pair * kLanes<M> + at, t);
     }
   }
 }
@@ -87,9 +87,9 @@ template <class T> struct Backward {
   Buffer<A> delta;  // (B, H, Q)
 
   explicit Backward(const CrossAttentionArgs& a)
-      : a(a), kept(a), heads(a.batch * a.heads), steps(pieces(a.size, M::pair)), value_steps(pieces(a.value_size, M::pair)),
-        lane_units(steps * kLanes<A>), value_lane_units(value_steps * kLanes<A>),
-        sums_room(pieces(a.size, kRows) * kRows * kLanes<A>), value_sums_room(pieces(a.value_size, kRows) * kRows * kLanes<A>),
+      : a(a), kept(a), heads(a.batch * a.heads), steps(steps_of<M>(a.size)), value_steps(steps_of<M>(a.value_size)),
+        lane_units(steps * kLanes<M>), value_lane_units(value_steps * kLanes<M>),
+        sums_room(pieces(a.size, M::kRows) * M::kRows * kLanes<M>), value_sums_room(pieces(a.value_size, M::kRows) * M::kRows * kLanes<M>),
         negate(a.scale < 0), c(A((negate ? -a.scale : a.scale) * 1.4426950408889634)), delta(heads * a.queries) {}
 
   Stats<A> stats(int64_t head) {
@@ -98,16 +98,17 @@ template <class T> struct Backward {
   }
 
   void for_queries() {
-    const int64_t tasks = pieces(a.queries, kLanes<A>), round = heads_a_round(heads, tasks, a.threads);
+    const int64_t tasks = pieces(a.queries, kLanes<M>), round = heads_a_round(heads, tasks, a.threads);
     const int64_t key_room = token_room<M>(a.keys, a.size), value_room = token_room<M>(a.keys, a.value_size);
     const int64_t room = key_room + value_room + channel_room<M>(a.keys, a.size), block = channel_room<M>(1, a.size);
-    const int64_t all = pieces(a.keys, kBlock) * kBlock * kLanes<A>;
-    const int64_t state_room = 3 * kLanes<A> + sums_room;
+    const int64_t all = pieces(a.keys, kBlock) * kBlock * kLanes<M>;
+    const int64_t state_room = 3 * kLanes<M> + sums_room;
     Buffer<Unit> packed(round * room), units(a.threads * (lane_units + value_lane_units));
-    Buffer<Unit> weights(a.threads * kBlock / M::pair * kLanes<A>);
+    Buffer<Unit> weights(a.threads * kBlock / M::pair * kLanes<M>);
     Buffer<A> pairs(a.threads * 2 * all), states(a.threads * state_room);
 #pragma omp parallel num_threads(a.threads)
     for (int64_t begin = 0; begin < heads; begin += round) {
+      [[maybe_unused]] const typename M::Session session;
       const int64_t members = smaller(round, heads - begin);
 #pragma omp for schedule(dynamic)
       for (int64_t i = 0; i < members * 3; ++i) {
@@ -121,29 +122,29 @@ template <class T> struct Backward {
 #pragma omp for schedule(dynamic)
       for (int64_t task = 0; task < members * tasks; ++task) {
         const int64_t member = task / tasks, head = begin + member, b = head / a.heads, h = head % a.heads;
-        const int64_t q = task % tasks * kLanes<A>, count = smaller(a.queries - q, kLanes<A>), keys = kept.count[b];
+        const int64_t q = task % tasks * kLanes<M>, count = smaller(a.queries - q, kLanes<M>), keys = kept.count[b];
         const int64_t thread = omp_get_thread_num();
         Unit *rows = &packed[member * room], *queries = &units[thread * (lane_units + value_lane_units)];
-        Unit* t = &weights[thread * kBlock / M::pair * kLanes<A>];
+        Unit* t = &weights[thread * kBlock / M::pair * kLanes<M>];
         A *p = &pairs[thread * 2 * all], *deltas = p + all;
-        A *largest = &states[thread * state_room], *factor = largest + kLanes<A>, *sum_delta = factor + kLanes<A>;
-        A* sums = sum_delta + kLanes<A>;
-        pack_slots<M>(head_of<T>(a.q, b, h, a.queries, nullptr), q, count, a.size, kLanes<A>, negate, queries);
-        pack_slots<M>(head_of<T>(a.d_out, b, h, a.queries, nullptr), q, count, a.value_size, kLanes<A>, false,
+        A *largest = &states[thread * state_room], *factor = largest + kLanes<M>, *sum_delta = factor + kLanes<M>;
+        A* sums = sum_delta + kLanes<M>;
+        pack_slots<M>(head_of<T>(a.q, b, h, a.queries, nullptr), q, count, a.size, kLanes<M>, negate, queries);
+        pack_slots<M>(head_of<T>(a.d_out, b, h, a.queries, nullptr), q, count, a.value_size, kLanes<M>, false,
                       queries + lane_units);
         memset(largest, 0, size_t(state_room) * sizeof(A));  // lanes beyond the end: factor 0
         memcpy(largest, stats(head).largest + q, size_t(count) * sizeof(A));
         memcpy(factor, stats(head).factor + q, size_t(count) * sizeof(A));
         for (int64_t k = 0; k < keys; k += kBlock) {
           const int64_t some = smaller(keys - k, kBlock);
-          A *p_k = p + k * kLanes<A>, *deltas_k = deltas + k * kLanes<A>;
+          A *p_k = p + k * kLanes<M>, *deltas_k = deltas + k * kLanes<M>;
           score<M>(rows + k * steps, queries, some, steps, p_k);
           score<M>(rows + key_room + k * value_steps, queries + lane_units, some, value_steps, deltas_k);
           weigh_queries<M>(p_k, deltas_k, some, c, largest, factor, sum_delta);
         }
         for (int64_t k = 0; k < keys; k += kBlock) {
           const int64_t some = smaller(keys - k, kBlock);
-          differ_queries<M>(p + k * kLanes<A>, deltas + k * kLanes<A>, some, sum_delta, t);
+          differ_queries<M>(p + k * kLanes<M>, deltas + k * kLanes<M>, some, sum_delta, t);
           gather<M>(rows + key_room + value_room + k / kBlock * block, t, some, a.size, sums);
         }
         memcpy(&delta[head * a.queries + q], sum_delta, size_t(count) * sizeof(A));
@@ -155,22 +156,23 @@ template <class T> struct Backward {
   }
 
   void for_keys() {
-    const int64_t per_task = kTiles * kLanes<A>, tasks = pieces(a.keys, per_task), round = heads_a_round(heads, tasks, a.threads);
+    const int64_t per_task = kTiles * kLanes<M>, tasks = pieces(a.keys, per_task), round = heads_a_round(heads, tasks, a.threads);
     const int64_t room[4] = {token_room<M>(a.queries, a.size), token_room<M>(a.queries, a.value_size),
                              channel_room<M>(a.queries, a.size), channel_room<M>(a.queries, a.value_size)};
     const int64_t starts[4] = {0, room[0], room[0] + room[1], room[0] + room[1] + room[2]}, all = starts[3] + room[3];
     const int64_t block = channel_room<M>(1, a.size), value_block = channel_room<M>(1, a.value_size);
     const int64_t tile_units = lane_units + value_lane_units, tile_sums = sums_room + value_sums_room;
-    const int64_t score_room = kBlock * kLanes<A>, weight_room = kBlock / M::pair * kLanes<A>;
+    const int64_t score_room = kBlock * kLanes<M>, weight_room = kBlock / M::pair * kLanes<M>;
     Buffer<Unit> packed(round * all), units(a.threads * kTiles * tile_units), weights(a.threads * 2 * weight_room);
-    Buffer<A> scores(a.threads * 2 * score_room), sums(a.threads * kTiles * tile_sums), factors(2 * kLanes<A>);
-    A *scale = factors.data(), *one = scale + kLanes<A>;
-    for (int64_t l = 0; l < kLanes<A>; ++l) {
+    Buffer<A> scores(a.threads * 2 * score_room), sums(a.threads * kTiles * tile_sums), factors(2 * kLanes<M>);
+    A *scale = factors.data(), *one = scale + kLanes<M>;
+    for (int64_t l = 0; l < kLanes<M>; ++l) {
       scale[l] = A(a.scale);
       one[l] = A(1);
     }
 #pragma omp parallel num_threads(a.threads)
     for (int64_t begin = 0; begin < heads; begin += round) {
+      [[maybe_unused]] const typename M::Session session;
       const int64_t members = smaller(round, heads - begin);
 #pragma omp for schedule(dynamic)
       for (int64_t i = 0; i < members * 4; ++i) {
@@ -189,16 +191,16 @@ template <class T> struct Backward {
         const int64_t member = task / tasks, head = begin + member, b = head / a.heads, h = head % a.heads;
         const int64_t *index = kept.of(b, a.keys), keys = kept.count[b], first = task % tasks * per_task;
         if (first >= keys) continue;
-        const int64_t tiles = pieces(smaller(keys - first, per_task), kLanes<A>), thread = omp_get_thread_num();
+        const int64_t tiles = pieces(smaller(keys - first, per_task), kLanes<M>), thread = omp_get_thread_num();
         const Stats<A> of_head = stats(head);
         Unit *rows = &packed[member * all], *tile_of = &units[thread * kTiles * tile_units];
         Unit *p = &weights[thread * 2 * weight_room], *t = p + weight_room;
         A *x = &scores[thread * 2 * score_room], *deltas = x + score_room, *sums_of = &sums[thread * kTiles * tile_sums];
         for (int64_t tile = 0; tile < tiles; ++tile) {
-          const int64_t lane = first + tile * kLanes<A>, count = smaller(keys - lane, kLanes<A>);
+          const int64_t lane = first + tile * kLanes<M>, count = smaller(keys - lane, kLanes<M>);
           Unit* to = tile_of + tile * tile_units;
-          pack_slots<M>(head_of<T>(a.k, b, h, keys, index), lane, count, a.size, kLanes<A>, false, to);
-          pack_slots<M>(head_of<T>(a.v, b, h, keys, index), lane, count, a.value_size, kLanes<A>, false, to + lane_units);
+          pack_slots<M>(head_of<T>(a.k, b, h, keys, index), lane, count, a.size, kLanes<M>, false, to);
+          pack_slots<M>(head_of<T>(a.v, b, h, keys, index), lane, count, a.value_size, kLanes<M>, false, to + lane_units);
         }
         memset(sums_of, 0, size_t(tiles * tile_sums) * sizeof(A));
         for (int64_t q = 0; q < a.queries; q += kBlock) {
@@ -216,7 +218,7 @@ template <class T> struct Backward {
         T* d_k = static_cast<T*>(a.d_k) + (b * a.keys * a.heads + h) * a.size;
         T* d_v = static_cast<T*>(a.d_v) + (b * a.keys * a.heads + h) * a.value_size;
         for (int64_t tile = 0; tile < tiles; ++tile) {
-          const int64_t lane = first + tile * kLanes<A>, count = smaller(keys - lane, kLanes<A>);
+          const int64_t lane = first + tile * kLanes<M>, count = smaller(keys - lane, kLanes<M>);
           A* d = sums_of + tile * tile_sums;
           put_lanes<M>(d, scale, count, a.size, d_k, a.heads * a.size, index, lane);
           put_lanes<M>(d + sums_room, one, count, a.value_size, d_v, a.heads * a.value_size, index, lane);

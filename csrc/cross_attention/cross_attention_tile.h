@@ -12,125 +12,42 @@
 #pragma once
 #include <omp.h>
 
-#include "common/buffer.h"
 #include "common/dispatch.h"
-#include "common/simd.h"
-#include "cross_attention/cross_attention.h"
+#include "cross_attention/cross_attention_modes.h"
 
 namespace fourdperf::FOURDPERF_ISA {
 namespace {
 
-constexpr int kVectors = 3;
-#if defined(__AVX512F__)
-constexpr int kRows = 8;  // 3 x 8 sums + 3 lanes + 1 broadcast of 32 registers
-#else
-constexpr int kRows = 4;  // 3 x 4 + 3 + 1 of 16
-#endif
-constexpr int64_t kBlock = 64;  // rows that are scored before they are summed
-constexpr int64_t kTiles = 4;   // tiles of lanes that share a pass over the packed rows
-constexpr int64_t kAhead = 16;  // rows between a prefetch and its use
-
-// Steps that are summed in one go: without fma every product is rounded too, and shorter sums make up for it.
-#if defined(__FMA__)
-constexpr int64_t kLongest = 1024;
-#else
-constexpr int64_t kLongest = 16;
-#endif
-
-template <class A> constexpr int64_t kLanes = kVectors * lanes<A>;
-
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t pieces(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// How numbers of type T are multiplied.
-template <class T> struct Plain {
-  using Type = T;
-  using A = acc_t<T>;
-  using Unit = A;
-  using Units = vec<A>;
-  static constexpr int pair = 1;
-  static Unit unit(const T* x) { return to_float(*x); }
-  static Unit unit(const T* x, const T*) { return to_float(*x); }
-  static Unit half_unit(const T* x) { return to_float(*x); }
-  static Unit negative(Unit x) { return -x; }
-  static vec<A> madd(vec<A> sum, Units lane, Unit row) { return sum + lane * broadcast<A>(row); }
-  static vec<A> power(vec<A> x) { return exp2(x); }
-  static void put(Unit* p, const vec<A>* x) { store(p, x[0]); }
-};
-
-#ifdef __AVX512BF16__
-struct Dot {
-  using Type = bf16_t;
-  using A = float;
-  using Unit = uint32_t;
-  typedef uint32_t Units __attribute__((vector_size(kVectorBytes)));
-  static constexpr int pair = 2;
-  static Unit unit(const bf16_t* x) {
-    Unit u;
-    memcpy(&u, x, sizeof(u));
-    return u;
-  }
-  static Unit unit(const bf16_t* x, const bf16_t* y) { return x->bits | Unit(y->bits) << 16; }
-  static Unit half_unit(const bf16_t* x) { return x->bits; }
-  static Unit negative(Unit x) { return x ^ 0x80008000u; }
-  static vec<float> madd(vec<float> sum, Units lane, Unit row) {
-    return (vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)lane, (__m512bh)_mm512_set1_epi32(int(row)));
-  }
-  static vec<float> power(vec<float> x) { return exp2_coarse(x); }
-  // lanes of two neighbouring rows to units
-  static void put(Unit* p, const vec<float>* x) {
-    const __m512i order = (__m512i)(Units){0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006, 0x170007,
-                                           0x180008, 0x190009, 0x1a000a, 0x1b000b, 0x1c000c, 0x1d000d, 0x1e000e, 0x1f000f};
-    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)x[1], (__m512)x[0]);
-    _mm512_storeu_si512(p, _mm512_permutexvar_epi16(order, both));
-  }
-};
-#endif
-
-template <class T> struct mode_of { using type = Plain<T>; };
-#ifdef __AVX512BF16__
-template <> struct mode_of<bf16_t> { using type = Dot; };
-#endif
-
-// One head of an operand; token t is row index[t] (or t) of the memory.
-template <class T> struct Head {
-  const T* data;
-  int64_t token, channel, tokens;
-  const int64_t* index;
-  const T* row(int64_t t) const { return data + (index ? index[t] : t) * token; }
-  // Rows are often pages apart, where no hardware prefetcher follows.
-  void expect(int64_t t, int64_t channels) const {
-    if (t >= tokens || channel != 1) return;
-    const char* p = reinterpret_cast<const char*>(row(t));
-    for (int64_t at = 0; at < channels * int64_t(sizeof(T)); at += 64) __builtin_prefetch(p + at);
-  }
-};
-
-// `tokens` of the memory are named by `index`, or are the first ones.
-template <class T> Head<T> head_of(const Strided& x, int64_t b, int64_t h, int64_t tokens, const int64_t* index) {
-  return {static_cast<const T*>(x.data) + b * x.batch + h * x.head, x.token, x.channel, tokens, index};
-}
-
 // ---- packing
+
 
 // dst[step * slots + r] = channels (step, of a pair) of token first + r; slots beyond `count` are zero
 template <class M>
 inline void pack_slots(const Head<typename M::Type>& x, int64_t first, int64_t count, int64_t channels, int64_t slots,
                        bool negate, typename M::Unit* dst) {
-  const int64_t steps = pieces(channels, M::pair), whole = channels / M::pair;
-  if (count < slots) memset(dst, 0, size_t(steps * slots) * sizeof(*dst));
+  const int64_t steps = steps_of<M>(channels), whole = channels / M::pair, begun = pieces(channels, M::pair);
+  if (count < slots || begun < steps) memset(dst, 0, size_t(steps * slots) * sizeof(*dst));
+  constexpr int square = lanes<typename M::A>;  // that many tokens and steps are transposed at once, where there are
   for (int64_t r = 0; r < count; ++r) {
     const auto* p = x.row(first + r);
     x.expect(first + r + kAhead, channels);
+    const bool whole_square = x.channel == 1 && slots % square == 0 && r / square * square + square <= count;
+    const int64_t squared = whole_square ? whole / square * square : 0;
+    for (int64_t s = 0; s < (r % square == 0 ? squared : 0); s += square) {
+      vec<typename M::A> v[square];
+      for (int i = 0; i < square; ++i) v[i] = M::units(x.row(first + r + i) + s * M::pair);
+      transpose(v);
+      for (int i = 0; i < square; ++i) memcpy(dst + (s + i) * slots + r, &v[i], sizeof(v[i]));
+    }
     if (x.channel == 1) {
-      for (int64_t s = 0; s < whole; ++s) dst[s * slots + r] = M::unit(p + s * M::pair);
+      for (int64_t s = squared; s < whole; ++s) dst[s * slots + r] = M::unit(p + s * M::pair);
     } else {
       for (int64_t s = 0; s < whole; ++s) {
         const auto* c = p + s * M::pair * x.channel;
         dst[s * slots + r] = M::unit(c, c + (M::pair - 1) * x.channel);
       }
     }
-    if (whole < steps) dst[whole * slots + r] = M::half_unit(p + whole * M::pair * x.channel);
+    if (whole < begun) dst[whole * slots + r] = M::half_unit(p + whole * M::pair * x.channel);
   }
   if (negate) {
     for (int64_t i = 0; i < steps * slots; ++i) dst[i] = M::negative(dst[i]);
@@ -141,9 +58,36 @@ inline void pack_slots(const Head<typename M::Type>& x, int64_t first, int64_t c
 template <class M>
 inline void pack_tokens(const Head<typename M::Type>& x, int64_t tokens, int64_t channels, bool negate,
                         typename M::Unit* dst) {
-  const int64_t room = pieces(channels, M::pair) * kRows;
-  for (int64_t first = 0; first < tokens; first += kRows, dst += room) {
-    pack_slots<M>(x, first, smaller(tokens - first, kRows), channels, kRows, negate, dst);
+  const int64_t room = steps_of<M>(channels) * M::kRows;
+  constexpr int square = lanes<typename M::A>;
+  int64_t first = 0;
+  if constexpr (M::kStep == 1 && square % M::kRows == 0) {  // squares of tokens and steps, transposed in registers
+    const int64_t whole = channels / M::pair / square * square;
+    if (x.channel == 1 && whole == steps_of<M>(channels)) {
+      for (; first + square <= tokens; first += square, dst += square / M::kRows * room) {
+        for (int i = 0; i < square; ++i) x.expect(first + square + i, channels);
+        for (int64_t s = 0; s < whole; s += square) {
+          vec<typename M::A> v[square];
+          for (int i = 0; i < square; ++i) v[i] = M::units(x.row(first + i) + s * M::pair);
+          transpose(v);
+          for (int i = 0; i < square; ++i) {
+            for (int j = 0; j < square / M::kRows; ++j) {
+              memcpy(dst + j * room + (s + i) * M::kRows, reinterpret_cast<const char*>(&v[i]) + j * M::kRows * sizeof(*dst),
+                     M::kRows * sizeof(*dst));
+            }
+          }
+        }
+        for (int64_t i = 0; i < (negate ? square / M::kRows * room : 0); ++i) dst[i] = M::negative(dst[i]);
+      }
+    }
+  }
+  for (; first < tokens; first += M::kRows, dst += room) {
+    const int64_t count = smaller(tokens - first, M::kRows);
+    if constexpr (M::kStep > 1) {
+      M::pack_rows(x, first, count, channels, negate, dst);
+    } else {
+      pack_slots<M>(x, first, count, channels, M::kRows, negate, dst);
+    }
   }
 }
 
@@ -151,18 +95,22 @@ inline void pack_tokens(const Head<typename M::Type>& x, int64_t tokens, int64_t
 template <class M>
 inline void pack_channels(const Head<typename M::Type>& x, int64_t tokens, int64_t channels, typename M::Unit* dst) {
   constexpr int64_t steps = kBlock / M::pair;
-  const int64_t tiles = pieces(channels, kRows);
-  for (int64_t first = 0; first < tokens; first += kBlock, dst += tiles * steps * kRows) {
+  const int64_t tiles = pieces(channels, M::kRows);
+  for (int64_t first = 0; first < tokens; first += kBlock, dst += tiles * steps * M::kRows) {
     const int64_t count = smaller(tokens - first, kBlock);
-    if (count < kBlock || channels % kRows) memset(dst, 0, size_t(tiles * steps * kRows) * sizeof(*dst));
+    if constexpr (M::kStep > 1) {
+      M::pack_block(x, first, count, channels, dst);
+      continue;
+    }
+    if (count < kBlock || channels % M::kRows) memset(dst, 0, size_t(tiles * steps * M::kRows) * sizeof(*dst));
     for (int64_t t = 0; t < count; t += M::pair) {
       for (int i = 0; i < M::pair; ++i) x.expect(first + t + i + kAhead, channels);
       const auto *p = x.row(first + t), *q = t + M::pair <= count ? x.row(first + t + M::pair - 1) : nullptr;
-      auto* out = dst + t / M::pair * kRows;
-      for (int64_t c = 0; c < channels; c += kRows, out += steps * kRows) {
-        const int64_t width = smaller(channels - c, kRows);
-        if (q && width == kRows && x.channel == 1) {
-          for (int r = 0; r < kRows; ++r) out[r] = M::unit(p + c + r, q + c + r);
+      auto* out = dst + t / M::pair * M::kRows;
+      for (int64_t c = 0; c < channels; c += M::kRows, out += steps * M::kRows) {
+        const int64_t width = smaller(channels - c, M::kRows);
+        if (q && width == M::kRows && x.channel == 1) {
+          for (int r = 0; r < M::kRows; ++r) out[r] = M::unit(p + c + r, q + c + r);
         } else {
           for (int64_t r = 0; r < width; ++r) {
             const int64_t at = (c + r) * x.channel;
@@ -176,40 +124,41 @@ inline void pack_channels(const Head<typename M::Type>& x, int64_t tokens, int64
 
 // Units that the two layouts take.
 template <class M> int64_t token_room(int64_t tokens, int64_t channels) {
-  return pieces(tokens, kRows) * kRows * pieces(channels, M::pair);
+  return pieces(tokens, M::kRows) * M::kRows * steps_of<M>(channels);
 }
 template <class M> int64_t channel_room(int64_t tokens, int64_t channels) {
-  return pieces(tokens, kBlock) * pieces(channels, kRows) * kRows * (kBlock / M::pair);
+  return pieces(tokens, kBlock) * pieces(channels, M::kRows) * M::kRows * (kBlock / M::pair);
 }
 
 // ---- the product: out[r][l] = (kAdd ? out[r][l] : 0) + sum_s rows[s][r] lanes[s][l], r < kRows, l < kLanes
 template <class M, bool kAdd>
 inline void product(const typename M::Unit* rows, const typename M::Unit* lane, int64_t steps, typename M::A* out) {
+  if constexpr (M::kStep > 1) return M::template product<kAdd>(rows, lane, steps, out);
   using A = typename M::A;
   constexpr int step = lanes<A>;
   // all loops over registers are unrolled before anything else, or gcc keeps the sums in memory
-  vec<A> sum[kRows][kVectors];
+  vec<A> sum[M::kRows][M::kVectors];
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
+  for (int r = 0; r < M::kRows; ++r) {
 #pragma GCC unroll 3
-    for (int j = 0; j < kVectors; ++j) sum[r][j] = vec<A>{};
+    for (int j = 0; j < M::kVectors; ++j) sum[r][j] = vec<A>{};
   }
   for (int64_t s = 0; s < steps; ++s) {
-    typename M::Units x[kVectors];
+    typename M::Units x[M::kVectors];
 #pragma GCC unroll 3
-    for (int j = 0; j < kVectors; ++j) memcpy(&x[j], lane + s * kLanes<A> + j * step, sizeof(x[j]));
+    for (int j = 0; j < M::kVectors; ++j) memcpy(&x[j], lane + s * kLanes<M> + j * step, sizeof(x[j]));
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const auto row = rows[s * kRows + r];
+    for (int r = 0; r < M::kRows; ++r) {
+      const auto row = rows[s * M::kRows + r];
 #pragma GCC unroll 3
-      for (int j = 0; j < kVectors; ++j) sum[r][j] = M::madd(sum[r][j], x[j], row);
+      for (int j = 0; j < M::kVectors; ++j) sum[r][j] = M::madd(sum[r][j], x[j], row);
     }
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
+  for (int r = 0; r < M::kRows; ++r) {
 #pragma GCC unroll 3
-    for (int j = 0; j < kVectors; ++j) {
-      A* p = out + r * kLanes<A> + j * step;
+    for (int j = 0; j < M::kVectors; ++j) {
+      A* p = out + r * kLanes<M> + j * step;
       store(p, kAdd ? load<A>(p) + sum[r][j] : sum[r][j]);
     }
   }
@@ -234,11 +183,10 @@ template <class A> struct Power {
 template <class M>
 inline void score(const typename M::Unit* rows, const typename M::Unit* lane, int64_t count, int64_t steps,
                   typename M::A* scores) {
-  using A = typename M::A;
-  for (int64_t r = 0; r < count; r += kRows, rows += steps * kRows, scores += kRows * kLanes<A>) {
+  for (int64_t r = 0; r < count; r += M::kRows, rows += steps * M::kRows, scores += M::kRows * kLanes<M>) {
     product<M, false>(rows, lane, smaller(steps, kLongest), scores);
     for (int64_t s = kLongest; s < steps; s += kLongest) {
-      product<M, true>(rows + s * kRows, lane + s * kLanes<A>, smaller(steps - s, kLongest), scores);
+      product<M, true>(rows + s * M::kRows, lane + s * kLanes<M>, smaller(steps - s, kLongest), scores);
     }
   }
 }
@@ -247,12 +195,10 @@ inline void score(const typename M::Unit* rows, const typename M::Unit* lane, in
 template <class M>
 inline void gather(const typename M::Unit* rows, const typename M::Unit* weights, int64_t count, int64_t channels,
                    typename M::A* sums) {
-  using A = typename M::A;
-  constexpr int64_t room = kBlock / M::pair * kRows;
-  const int64_t steps = pieces(count, M::pair);
-  for (int64_t c = 0; c < channels; c += kRows, rows += room) {
+  const int64_t steps = steps_of<M>(count);
+  for (int64_t c = 0; c < channels; c += M::kRows, rows += kBlock / M::pair * M::kRows) {
     for (int64_t s = 0; s < steps; s += kLongest) {
-      product<M, true>(rows + s * kRows, weights + s * kLanes<A>, smaller(steps - s, kLongest), sums + c * kLanes<A>);
+      product<M, true>(rows + s * M::kRows, weights + s * kLanes<M>, smaller(steps - s, kLongest), sums + c * kLanes<M>);
     }
   }
 }
@@ -261,10 +207,18 @@ inline void gather(const typename M::Unit* rows, const typename M::Unit* weights
 template <class M>
 inline void put_lanes(typename M::A* sums, const typename M::A* factor, int64_t count, int64_t channels,
                       typename M::Type* out, int64_t token, const int64_t* index, int64_t first) {
-  for (int64_t l = 0; l < count; ++l) {
-    auto* p = out + (index ? index[first + l] : first + l) * token;
-    for (int64_t c = 0; c < channels; ++c) {
-      p[c] = from_float<typename M::Type>(sums[c * kLanes<typename M::A> + l] * factor[l]);
+  using A = typename M::A;
+  for (int64_t l = 0; l < count; l += lanes<A>) {
+    for (int64_t c = 0; c < channels; c += lanes<A>) {
+      vec<A> v[lanes<A>];
+      for (int i = 0; i < lanes<A>; ++i) {
+        v[i] = c + i < channels ? load<A>(sums + (c + i) * kLanes<M> + l) * load<A>(factor + l) : vec<A>{};
+      }
+      transpose(v);
+      const int width = int(smaller(channels - c, lanes<A>));
+      for (int64_t i = 0; i < smaller(count - l, lanes<A>); ++i) {
+        store(out + (index ? index[first + l + i] : first + l + i) * token + c, v[i], width);
+      }
     }
   }
 }
@@ -285,10 +239,11 @@ struct Kept {
   const int64_t* of(int64_t b, int64_t keys) { return all ? nullptr : &index[b * keys]; }
 };
 
-// Heads that are packed at a time: enough for the threads to share their tasks evenly, at least one.
+// Heads that are packed at a time: enough for the threads to share their tasks evenly, two for each thread at most (fresh
+// memory costs more than a turn of the threads).
 inline int64_t heads_a_round(int64_t heads, int64_t tasks_a_head, int threads) {
   const int64_t wanted = pieces(int64_t(threads) * 16, tasks_a_head > 0 ? tasks_a_head : 1);
-  return smaller(heads, wanted > 1 ? wanted : 1);
+  return smaller(heads, smaller(wanted, 2 * int64_t(threads)));
 }
 
 }  // namespace

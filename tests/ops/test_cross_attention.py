@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fourdperf.ops import cross_attention, cross_attention_eager, use_backend
-from tests.harness import Target, check_op, dtypes, strided, transposed
+from tests.conftest import in_use
+from tests.harness import TARGETS, Target, check_op, dtypes, strided, transposed
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "d4rt"
 
@@ -44,6 +45,12 @@ def inputs(batch, queries, keys, heads, size, value_size=None, padding=0.0, seed
         mask[-1] = True
         values["key_padding_mask"] = mask
     return values
+
+
+@pytest.fixture(params=(*TARGETS, Target("native", "cpu", "amx_bf16")), ids=str)
+def target(request) -> Target:
+    """Of the ops this one alone has a build for tiles of bf16."""
+    yield from in_use(request.param)
 
 
 def kernel_target(target: Target, size: int):

@@ -1,0 +1,224 @@
+// How cross_attention multiplies on the CPU: numbers one by one, pairs of bf16 (AVX512-BF16), tiles of them (AMX-BF16).
+//
+// maths     out[r, l] += sum_s rows[s, r] lanes[s, l], as cross_attention_tile.h says
+// shapes    a mode's sizes: kRows rows by kLanes = kVectors vectors of lanes are multiplied at a time; steps (of `pair` numbers
+//           each) come in multiples of kStep
+// work      AMX: 2 x 2 tiles of 16 x 16 sums; a tile of rows is 16 rows of 16 steps, which lie side by side in memory
+// numerics  pairs of bf16 are multiplied exactly and added in float; AMX takes numbers below 2^-126 for zero
+// limits    tiles have to be configured in each thread (Session)
+#pragma once
+#include "common/buffer.h"
+#include "common/simd.h"
+#include "cross_attention/cross_attention.h"
+
+namespace fourdperf::FOURDPERF_ISA {
+namespace {
+
+constexpr int64_t kBlock = 64;  // rows that are scored before they are summed
+constexpr int64_t kTiles = 4;   // tiles of lanes that share a pass over the packed rows
+constexpr int64_t kAhead = 16;  // rows between a prefetch and its use
+
+// Steps that are summed in one go: without fma every product is rounded too, and shorter sums make up for it.
+#if defined(__FMA__)
+constexpr int64_t kLongest = 1024;
+#else
+constexpr int64_t kLongest = 16;
+#endif
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t pieces(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// One head of an operand; token t is row index[t] (or t) of the memory.
+template <class T> struct Head {
+  const T* data;
+  int64_t token, channel, tokens;
+  const int64_t* index;
+  const T* row(int64_t t) const { return data + (index ? index[t] : t) * token; }
+  // Rows are often pages apart, where no hardware prefetcher follows.
+  void expect(int64_t t, int64_t channels) const {
+    if (t >= tokens || channel != 1) return;
+    const char* p = reinterpret_cast<const char*>(row(t));
+    for (int64_t at = 0; at < channels * int64_t(sizeof(T)); at += 64) __builtin_prefetch(p + at);
+  }
+};
+
+// `tokens` of the memory are named by `index`, or are the first ones.
+template <class T> Head<T> head_of(const Strided& x, int64_t b, int64_t h, int64_t tokens, const int64_t* index) {
+  return {static_cast<const T*>(x.data) + b * x.batch + h * x.head, x.token, x.channel, tokens, index};
+}
+
+// How numbers of type T are multiplied, and the sizes of its tiles.
+template <class T> struct Plain {
+  static constexpr int kVectors = 3;
+#if defined(__AVX512F__)
+  static constexpr int kRows = 8;  // 3 x 8 sums + 3 lanes + 1 broadcast of 32 registers
+#else
+  static constexpr int kRows = 4;  // 3 x 4 + 3 + 1 of 16
+#endif
+  static constexpr int64_t kStep = 1;
+  struct Session {};  // what a thread needs while it multiplies
+  using Type = T;
+  using A = acc_t<T>;
+  using Unit = A;
+  using Units = vec<A>;
+  static constexpr int pair = 1;
+  static Unit unit(const T* x) { return to_float(*x); }
+  static Unit unit(const T* x, const T*) { return to_float(*x); }
+  static vec<A> units(const T* x) { return load<A>(x); }  // lanes<A> of them
+  static Unit half_unit(const T* x) { return to_float(*x); }
+  static Unit negative(Unit x) { return -x; }
+  static vec<A> madd(vec<A> sum, Units lane, Unit row) { return sum + lane * broadcast<A>(row); }
+  static vec<A> power(vec<A> x) { return exp2(x); }
+  static void put(Unit* p, const vec<A>* x) { store(p, x[0]); }
+};
+
+#ifdef __AVX512BF16__
+struct Dot {
+  static constexpr int kVectors = 3, kRows = 8;
+  static constexpr int64_t kStep = 1;
+  struct Session {};
+  using Type = bf16_t;
+  using A = float;
+  using Unit = uint32_t;
+  typedef uint32_t Units __attribute__((vector_size(kVectorBytes)));
+  static constexpr int pair = 2;
+  static Unit unit(const bf16_t* x) {
+    Unit u;
+    memcpy(&u, x, sizeof(u));
+    return u;
+  }
+  static vec<float> units(const bf16_t* x) {
+    vec<float> v;
+    memcpy(&v, x, sizeof(v));
+    return v;
+  }
+  static Unit unit(const bf16_t* x, const bf16_t* y) { return x->bits | Unit(y->bits) << 16; }
+  static Unit half_unit(const bf16_t* x) { return x->bits; }
+  static Unit negative(Unit x) { return x ^ 0x80008000u; }
+  static vec<float> madd(vec<float> sum, Units lane, Unit row) {
+    return (vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)lane, (__m512bh)_mm512_set1_epi32(int(row)));
+  }
+  static vec<float> power(vec<float> x) { return exp2_coarse(x); }
+  // lanes of two neighbouring rows to units
+  static void put(Unit* p, const vec<float>* x) {
+    const __m512i order = (__m512i)(Units){0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006, 0x170007,
+                                           0x180008, 0x190009, 0x1a000a, 0x1b000b, 0x1c000c, 0x1d000d, 0x1e000e, 0x1f000f};
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)x[1], (__m512)x[0]);
+    _mm512_storeu_si512(p, _mm512_permutexvar_epi16(order, both));
+  }
+};
+#endif
+
+#ifdef __AMX_BF16__
+// Packed rows: [tile of kRows][kStep steps][kRows][kStep] units.
+struct Amx : Dot {
+  static constexpr int kVectors = 2, kRows = 32;
+  static constexpr int64_t kStep = 16;
+
+  struct Session {
+    Session() {
+      alignas(64) struct { uint8_t palette, start, zero[14]; uint16_t bytes[16]; uint8_t rows[16]; } config = {};
+      config.palette = 1;
+      for (int i = 0; i < 8; ++i) config.bytes[i] = 64, config.rows[i] = 16;
+      _tile_loadconfig(&config);
+    }
+    ~Session() { _tile_release(); }
+  };
+
+  template <bool kAdd> static void product(const Unit* rows, const Unit* lane, int64_t steps, float* out) {
+    constexpr int64_t kLanes = 32, kBytes = kLanes * 4, kTile = 16 * kLanes;
+    asm volatile("" ::: "memory");  // the compiler does not know that tiles read memory
+    if constexpr (kAdd) {
+      _tile_loadd(0, out, kBytes);
+      _tile_loadd(1, out + 16, kBytes);
+      _tile_loadd(2, out + kTile, kBytes);
+      _tile_loadd(3, out + kTile + 16, kBytes);
+    } else {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+    for (int64_t s = 0; s < steps; s += kStep) {
+      _tile_loadd(4, rows + s * kRows, 64);
+      _tile_loadd(6, lane + s * kLanes, kBytes);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, lane + s * kLanes + 16, kBytes);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_loadd(5, rows + s * kRows + 256, 64);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, out, kBytes);
+    _tile_stored(1, out + 16, kBytes);
+    _tile_stored(2, out + kTile, kBytes);
+    _tile_stored(3, out + kTile + 16, kBytes);
+  }
+
+  // One tile of tokens as rows; rows beyond `count` and channels beyond the end are zero.
+  static void pack_rows(const Head<bf16_t>& x, int64_t first, int64_t count, int64_t channels, bool negate, Unit* dst) {
+    constexpr int64_t kWide = 2 * kStep;  // channels of one tile
+    for (int64_t c = 0; c < channels; c += kWide, dst += kRows * kStep) {
+      const int64_t width = smaller(channels - c, kWide);
+      if (count < kRows || width < kWide) memset(dst, 0, size_t(kRows * kStep) * sizeof(*dst));
+      for (int64_t r = 0; r < count; ++r) {
+        const bf16_t* p = x.row(first + r) + c * x.channel;
+        bf16_t* to = reinterpret_cast<bf16_t*>(dst + r * kStep);
+        if (x.channel == 1) {
+          memcpy(to, p, size_t(width) * sizeof(*p));
+        } else {
+          for (int64_t i = 0; i < width; ++i) to[i] = p[i * x.channel];
+        }
+      }
+      for (int64_t i = 0; i < (negate ? kRows * kStep : 0); ++i) dst[i] = negative(dst[i]);
+    }
+  }
+
+  // One block of channels as rows, tokens first .. first + count summed over.
+  static void pack_block(const Head<bf16_t>& x, int64_t first, int64_t count, int64_t channels, Unit* dst) {
+    for (int64_t c = 0; c < channels; c += kRows) {
+      for (int64_t t = 0; t < kBlock; t += 2 * kStep, dst += kRows * kStep) {
+        for (int64_t half = 0; half < kRows; half += 16) {
+          const int64_t width = smaller(channels - c - half, 16);
+          vec<float> pairs[16];
+          for (int64_t i = 0; i < 16; ++i) pairs[i] = (vec<float>)pair_of(x, first, t + 2 * i, count, c + half, width);
+          transpose(pairs);
+          for (int64_t i = 0; i < 16; ++i) memcpy(dst + (half + i) * kStep, &pairs[i], 64);
+        }
+      }
+    }
+  }
+
+  // Two neighbouring tokens' channels c .. c + width as units; zero beyond `count` tokens.
+  static Units pair_of(const Head<bf16_t>& x, int64_t first, int64_t t, int64_t count, int64_t c, int64_t width) {
+    Units units = {};
+    if (width <= 0) return units;
+    for (int64_t i = 0; i < 2 && t + i < count; ++i) {
+      const bf16_t* p = x.row(first + t + i) + c * x.channel;
+      Units u = {};
+      if (x.channel == 1) {
+        u = (Units)_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(__mmask16((1u << width) - 1u), p));
+      } else {
+        for (int64_t k = 0; k < width; ++k) u[k] = p[k * x.channel].bits;
+      }
+      units |= i ? u << 16 : u;
+    }
+    return units;
+  }
+};
+#endif
+
+template <class T> struct mode_of { using type = Plain<T>; };
+#if defined(__AMX_BF16__)
+template <> struct mode_of<bf16_t> { using type = Amx; };
+#elif defined(__AVX512BF16__)
+template <> struct mode_of<bf16_t> { using type = Dot; };
+#endif
+
+template <class M> constexpr int64_t kLanes = M::kVectors * lanes<typename M::A>;
+
+// Steps that so many channels or tokens take.
+template <class M> int64_t steps_of(int64_t count) { return pieces(pieces(count, M::pair), M::kStep) * M::kStep; }
+
+}  // namespace
+}  // namespace fourdperf::FOURDPERF_ISA
