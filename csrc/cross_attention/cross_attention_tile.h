@@ -20,7 +20,6 @@ namespace {
 
 // ---- packing
 
-
 // dst[step * slots + r] = channels (step, of a pair) of token first + r; slots beyond `count` are zero
 template <class M>
 inline void pack_slots(const Head<typename M::Type>& x, int64_t first, int64_t count, int64_t channels, int64_t slots,
