@@ -324,9 +324,11 @@ def _damped_solve(system: Tensor, trace: Tensor, right: Tensor) -> Tensor:
     eye = torch.eye(3, dtype=system.dtype, device=system.device)
     size = trace.abs().clamp_min(info.tiny**0.25)
     unit = system / size
-    a, b, c = (unit @ unit + info.eps**1.5 * eye).unbind(-2)
+    damping = info.eps**1.5
+    a, b, c = (unit @ unit + damping * eye).unbind(-2)
     adjugate = torch.stack([torch.linalg.cross(b, c), torch.linalg.cross(c, a), torch.linalg.cross(a, b)], dim=-1)
-    determinant = (a * adjugate[..., 0]).sum(-1)[..., None, None]
+    # with one eigenvalue of zero it is about the damping, and may round to anything near
+    determinant = (a * adjugate[..., 0]).sum(-1)[..., None, None].clamp_min(damping)
     return (unit @ (adjugate / determinant) @ right[..., None] / size)[..., 0]
 
 
