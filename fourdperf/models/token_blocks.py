@@ -186,7 +186,10 @@ class MaskedTokens(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Tokens and positions normal of deviation 1 / sqrt(D), the map of latents of 1 / sqrt(C): codes of length 1 are
+        heard beside the positions."""
         reset_transformer(self)
+        nn.init.normal_(self.embed.weight, std=self.embed.in_features**-0.5)
         for parameter in (self.class_token, self.mask_token, self.positions):
             nn.init.normal_(parameter, std=len(self.class_token) ** -0.5)
 

@@ -13,6 +13,7 @@ of one.
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from fourdperf.models.titok import TiTok
 from fourdperf.models.token_blocks import TokenEncoder
 from fourdperf.models.tokenizer import Encoded, Tokenizer
 from fourdperf.train.module import ModelTraining, average_into
+from fourdperf.train.muon import MuonAdamW
 from fourdperf.train.tokenizer_loss import Adversary, Weights, code_loss, quantizer_loss, reconstruction_loss
 
 __all__ = ["PatchFeatures", "TokenizerTraining", "with_pixel_decoder"]
@@ -34,7 +36,7 @@ ADVERSARIAL = ("generator", "generator_weight", "adversarial", "discriminator", 
 
 
 class TokenizerTraining(ModelTraining):
-    """A tokenizer and its discriminator, each with an AdamW of its own; batches are images `(B, H, W, 3)` in [0, 1],
+    """A tokenizer and its discriminator, each with an optimiser of its own; batches are images `(B, H, W, 3)` in [0, 1],
     with labels that nobody looks at.
 
     A step is one batch, which is cut into `accumulate` parts to save memory; global_step counts them.
@@ -43,6 +45,8 @@ class TokenizerTraining(ModelTraining):
     weights: of the losses. perceptual, features, target: frozen networks, no part of the checkpoint; see
     `fourdperf.train.tokenizer_loss`. discriminator: joins at step weights.start.
     lr, final_lr, warmup_steps: of the tokenizer; the discriminator's rate is `discriminator_lr` times that.
+    optimizer: of the tokenizer, "adamw", or "muon" (`fourdperf.train.muon`) for small models and few steps; the
+    discriminator's is AdamW.
     clip: the largest L2 norm of each network's gradient. ema: how much of the average stays in a step; 0 for none.
     seed: of what is random in a step: step n of process r starts from a seed of its own.
 
@@ -65,6 +69,7 @@ class TokenizerTraining(ModelTraining):
         discriminator_lr: float = 1.0,
         weight_decay: float = 1e-4,
         betas: tuple[float, float] = (0.9, 0.99),
+        optimizer: Literal["adamw", "muon"] = "adamw",
         clip: float = 1.0,
         ema: float = 0.0,
         accumulate: int = 1,
@@ -86,7 +91,7 @@ class TokenizerTraining(ModelTraining):
         self.frozen = {name: part.eval().requires_grad_(False) for name, part in frozen.items() if part is not None}
         self.max_steps, self.lr, self.final_lr, self.warmup_steps = max_steps, lr, final_lr, warmup_steps
         self.discriminator_lr, self.weight_decay, self.betas = discriminator_lr, weight_decay, betas
-        self.clip, self.ema, self.accumulate, self.seed = clip, ema, accumulate, seed
+        self.optimizer, self.clip, self.ema, self.accumulate, self.seed = optimizer, clip, ema, accumulate, seed
         self.counts: Tensor | None = None  # how often each code was chosen in this validation
         self.sharded = False
 
@@ -188,13 +193,15 @@ class TokenizerTraining(ModelTraining):
         return norm.full_tensor() if self.sharded else norm
 
     def configure_optimizers(self) -> list[dict]:
-        def optimizer(network: nn.Module) -> torch.optim.AdamW:
-            moving = [p for p in network.parameters() if p.requires_grad]
-            return torch.optim.AdamW(moving, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay, fused=True)
+        options = {"lr": self.lr, "betas": self.betas, "weight_decay": self.weight_decay}
 
-        found = [self.scheduled(optimizer(self.trained))]
+        def adamw(network: nn.Module) -> torch.optim.AdamW:
+            return torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], fused=True, **options)
+
+        muon = self.optimizer == "muon"
+        found = [self.scheduled(MuonAdamW(self.trained, **options) if muon else adamw(self.trained))]
         if self.adversary is not None:
-            found.append({"optimizer": optimizer(self.adversary)})
+            found.append({"optimizer": adamw(self.adversary)})
         return found
 
     # Validation

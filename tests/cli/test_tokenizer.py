@@ -103,7 +103,8 @@ def test_a_broken_image_is_named_in_one_line_from_a_worker_too(models, pictures,
     command = ["tokenize", str(pictures / "p0.png"), str(tmp_path / "broken.png"), f"--model={models / 'seed'}"]
     for workers in (0, 1):
         assert main([*command, f"--out={tmp_path / 'codes.tok'}", f"--workers={workers}"]) == 2
-        error = capsys.readouterr().err.strip()
+        lines = capsys.readouterr().err.splitlines()
+        error = "\n".join(line for line in lines if "os.fork()" not in line)  # JAX, once another test has loaded it
         assert len(error.splitlines()) == 1 and "broken.png: the image is cut off" in error and "Traceback" not in error
     assert [path.name for path in tmp_path.iterdir()] == ["broken.png"]
 

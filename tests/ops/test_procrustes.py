@@ -49,7 +49,8 @@ def test_agrees_with_eager(n, special, dtype, target):
         pytest.skip("Triton's interpreter takes minutes for larger matrices; it computes in float32")
     singular = np.linspace(1, 3, n)
     for negative in (False, True):
-        check_op(run(special=special), {"x": conditioned(singular, seed=n, negative=negative)}, target, dtype)
+        x = conditioned(singular, batch=8, seed=n, negative=negative)
+        check_op(run(special=special), {"x": x}, target, dtype, roundings=2 * n)  # n by either side
 
 
 @pytest.mark.parametrize("n", [32, 128, 200])
