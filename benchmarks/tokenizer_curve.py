@@ -23,7 +23,7 @@ import torch
 from fourdperf.cli.main import main
 from fourdperf.data.chart import line_chart
 from fourdperf.data.image_sets import open_image_set
-from fourdperf.data.pictures import label, side_by_side, stack
+from fourdperf.data.pictures import label, side_by_side, stack, to_pixels
 from fourdperf.data.video import write_png
 from fourdperf.metrics.codecs import CODECS, best_within
 from fourdperf.metrics.features import open_features
@@ -31,7 +31,7 @@ from fourdperf.metrics.images import ssim
 from fourdperf.models.perceptual import perceptual_or_substitute
 from fourdperf.models.tokenizers import decode, encode, load_tokenizer
 from fourdperf.train.evaluate_tokenizer import measure
-from fourdperf.train.tokenizer_views import panel, to_pixels
+from fourdperf.train.tokenizer_views import panel
 
 FOLDER, RUNS = Path("benchmarks/results/tokenizer"), Path("tokenizer_curve_runs")
 TOKENS, STARTS, BITS = (16, 32, 64, 128), ("random", "image_mae"), 10

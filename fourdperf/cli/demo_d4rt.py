@@ -15,6 +15,7 @@ from fourdperf.cli import compare_d4rt
 from fourdperf.cli.reconstruct import SHIPPED_WEIGHTS, read_video, throughput, write_results
 from fourdperf.cli.report import Table, step
 from fourdperf.data.files import write_text
+from fourdperf.data.pictures import to_pixels
 from fourdperf.data.scenes import Scene
 from fourdperf.data.synthetic import scene_seed
 from fourdperf.data.video import VideoReader, write_video
@@ -73,7 +74,7 @@ def d4rt(
     if synthetic:
         seed, video = scene_seed("test", scene), out / "clip.mp4"
         rendered = Scene(seed, model.config.num_frames, (SHOWN, SHOWN)).render().video
-        frames = (255 * rendered).round().clamp(0, 255).byte().numpy()
+        frames = to_pixels(rendered)
         write_video(video, frames, FPS)
 
     step(f"1/3 reconstruction of {video}")

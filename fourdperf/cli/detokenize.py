@@ -8,10 +8,10 @@ from tqdm import tqdm
 from fourdperf.cli.checkpoints import Device, open_tokenizer
 from fourdperf.cli.training import check_at_least_one
 from fourdperf.data.files import output_folder
+from fourdperf.data.pictures import to_pixels
 from fourdperf.data.token_file import TokenFile
 from fourdperf.data.video import write_png
 from fourdperf.models.tokenizers import decode, fingerprint
-from fourdperf.train.tokenizer_views import to_pixels
 
 __all__ = ["detokenize"]
 

@@ -4,7 +4,7 @@ after any interruption."""
 from pathlib import Path
 from typing import Any, Literal
 
-from fourdperf.cli.training import check_at_least_one, check_run, make_trainer, plain_error, quiet, write_options
+from fourdperf.cli.training import check_at_least_one, check_positive, check_run, fit_run, make_trainer, quiet
 from fourdperf.data.files import output_folder
 
 __all__ = ["fit", "functa"]
@@ -95,9 +95,7 @@ def functa(
     final_lr = options["final_lr"] = lr / 100 if final_lr is None else final_lr
     counts = ("batch_size", "max_steps", "inner_steps", "chunk", "devices", "accumulate_grad_batches")
     check_at_least_one(options, *counts, "log_every", "val_every", "val_images", "save_every")
-    for name in ("lr", "final_lr", "clip"):
-        if not options[name] > 0:
-            raise ValueError(f"--{name}: wanted a positive number, got {options[name]}")
+    check_positive(options, "lr", "final_lr", "clip")
     check_run("fit", options)
     quiet()
     from lightning import seed_everything
@@ -119,18 +117,9 @@ def functa(
     data = ImageData(train, val, batch_size, workers, seed, val_images)
     with output_folder(out):
         trainer = make_trainer(options, max_steps, [FunctaPictures(out, val)], MODEL, "images")
-        if trainer.is_global_zero:
-            latents = " x ".join(map(str, config.latent_shape))
-            print(
-                f"functa, {parameters / 1e3:.0f} k parameters, latents {latents}; {len(train)} images of {dataset}; "
-                f"{max_steps} steps; results in {out}"
-            )
-            if ckpt is None:
-                write_options(out, options)
-        try:
-            trainer.fit(module, data, ckpt_path=ckpt, weights_only=True)
-        except (ValueError, OSError) as error:
-            raise plain_error(error) from error
+        latents = " x ".join(map(str, config.latent_shape))
+        told = f"functa, {parameters / 1e3:.0f} k parameters, latents {latents}; {len(train)} images of {dataset}; "
+        fit_run(trainer, module, data, options, f"{told}{max_steps} steps; results in {out}")
     if trainer.is_global_zero:
         found = trainer.callback_metrics.get("val/psnr")
         reached = "" if found is None else f", at last {float(found):.2f} dB on {len(data.val)} images held out"

@@ -9,14 +9,14 @@ from fourdperf.cli.checkpoints import Device, open_tokenizer, pick_device
 from fourdperf.cli.tokenize import describe
 from fourdperf.cli.training import check_at_least_one
 from fourdperf.data.files import output_folder
-from fourdperf.data.pictures import label, side_by_side, stack
+from fourdperf.data.pictures import label, side_by_side, stack, to_pixels
 from fourdperf.data.token_file import TokenWriter
 from fourdperf.data.video import write_png
 from fourdperf.models.titok import TiTok
 from fourdperf.models.token_generator import TokenGenerator
 from fourdperf.models.tokenizer import Tokenizer
 from fourdperf.models.tokenizers import decode, load_generator
-from fourdperf.train.tokenizer_views import panel, to_pixels
+from fourdperf.train.tokenizer_views import panel
 
 __all__ = ["generate"]
 

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from fourdperf.cli.checkpoints import Device, open_tokenizer
 from fourdperf.cli.tokenize import describe, open_files
-from fourdperf.data.pictures import label, side_by_side, stack
+from fourdperf.data.pictures import label, side_by_side, stack, to_pixels
 from fourdperf.data.video import write_png
 from fourdperf.metrics.codecs import CODECS, Coded, best_within
 from fourdperf.metrics.images import psnr
@@ -16,7 +16,7 @@ from fourdperf.models.titok import TiTok
 from fourdperf.models.tokenizer import Tokenizer
 from fourdperf.models.tokenizers import decode, encode
 from fourdperf.train.evaluate_d4rt import format_table
-from fourdperf.train.tokenizer_views import panel, to_pixels
+from fourdperf.train.tokenizer_views import panel
 
 __all__ = ["reconstruct_images"]
 

@@ -9,7 +9,7 @@ from fourdperf.cli.train_image_mae import image_mae
 from fourdperf.cli.train_niso import niso
 from fourdperf.cli.train_token_generator import token_generator
 from fourdperf.cli.train_tokenizer import tokenizer
-from fourdperf.cli.training import check_at_least_one, check_run, make_trainer, plain_error, quiet, write_options
+from fourdperf.cli.training import check_at_least_one, check_run, fit_run, make_trainer, quiet
 from fourdperf.data.files import output_folder
 
 if TYPE_CHECKING:
@@ -136,16 +136,9 @@ def d4rt(
     parameters = sum(p.numel() for p in network.parameters())
     with output_folder(out):
         trainer = _trainer(options, max_steps, val)
-        if trainer.is_global_zero:
-            print(f"D4RT, {parameters / 1e6:.1f} M parameters; {max_steps} steps, warm-up {warmup}; results in {out}")
-            if report is not None:
-                print(report)
-            if ckpt is None:
-                write_options(out, options)
-        try:
-            trainer.fit(module, ClipData(clips, val, batch_size, workers), ckpt_path=ckpt, weights_only=True)
-        except (ValueError, OSError) as error:
-            raise plain_error(error) from error
+        told = [f"D4RT, {parameters / 1e6:.1f} M parameters; {max_steps} steps, warm-up {warmup}; results in {out}"]
+        told += [] if report is None else [report]
+        fit_run(trainer, module, ClipData(clips, val, batch_size, workers), options, *told)
     if trainer.is_global_zero:
         print(f"{trainer.global_step} steps done; wrote {out / 'last.ckpt'} and {out / 'model'}")
 
@@ -166,8 +159,6 @@ def _check(options: dict[str, Any]) -> None:
     check_at_least_one(options, "max_steps")
     if not 0 < options["crop"] <= 1:
         raise ValueError(f"--crop: wanted a share in (0, 1], got {options['crop']}")
-    if options["optimizer"] == "muon" and options["strategy"] == "fsdp":
-        raise ValueError("--optimizer: wanted adamw with --strategy fsdp: muon needs whole matrices")
     check_run("train", options)
 
 

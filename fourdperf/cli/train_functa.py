@@ -5,7 +5,15 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from fourdperf.cli.training import check_at_least_one, check_run, make_trainer, plain_error, quiet, write_options
+from fourdperf.cli.training import (
+    check_at_least_one,
+    check_positive,
+    check_run,
+    check_shares,
+    fit_run,
+    make_trainer,
+    quiet,
+)
 from fourdperf.data.files import output_folder, write_text
 
 __all__ = ["functa_classifier"]
@@ -92,12 +100,8 @@ def functa_classifier(
     options = dict(locals())
     counts = ("batch_size", "max_epochs", "max_steps", "devices", "accumulate_grad_batches")
     check_at_least_one(options, *counts, "log_every", "val_every", "save_every")
-    for name in ("lr", "final_lr", "clip"):
-        if not options[name] > 0:
-            raise ValueError(f"--{name}: wanted a positive number, got {options[name]}")
-    for name in ("label_smoothing", "ema"):
-        if not 0 <= options[name] < 1:
-            raise ValueError(f"--{name}: wanted a number in [0, 1), got {options[name]}")
+    check_positive(options, "lr", "final_lr", "clip")
+    check_shares(options, "label_smoothing", "ema")
     check_run("train", options)
     quiet()
     from lightning import seed_everything
@@ -147,17 +151,12 @@ def functa_classifier(
     with output_folder(out):
         trainer = make_trainer(options, max_steps, [], MODEL, "signals")
         if trainer.is_global_zero:
-            print(
-                f"{network.config.kind}, {parameters / 1e3:.0f} k parameters, on {on} of {train.recipe.dataset}: "
-                f"{len(train):,} signals {' x '.join(map(str, train.shape))}; {max_steps} steps; results in {out}"
-            )
             write_statistics(out, mean, std)
-            if ckpt is None:
-                write_options(out, options)
-        try:
-            trainer.fit(module, SignalData(train, val, batch_size, workers, seed), ckpt_path=ckpt, weights_only=True)
-        except (ValueError, OSError) as error:
-            raise plain_error(error) from error
+        told = (
+            f"{network.config.kind}, {parameters / 1e3:.0f} k parameters, on {on} of {train.recipe.dataset}: "
+            f"{len(train):,} signals {' x '.join(map(str, train.shape))}; {max_steps} steps; results in {out}"
+        )
+        fit_run(trainer, module, SignalData(train, val, batch_size, workers, seed), options, told)
     if trainer.is_global_zero:
         found = load_classifier(out)
         results = {f"{name}_accuracy": score(found, signals) for name, signals in (("val", val), ("test", test))}

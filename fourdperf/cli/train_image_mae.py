@@ -6,7 +6,7 @@ Without --data_path and --variant it learns from pictures made here, with sizes 
 from pathlib import Path
 from typing import Any, Literal
 
-from fourdperf.cli.training import check_at_least_one, check_run, make_trainer, plain_error, quiet, write_options
+from fourdperf.cli.training import check_at_least_one, check_positive, check_run, fit_run, make_trainer, quiet
 from fourdperf.data.files import output_folder
 
 __all__ = ["image_mae"]
@@ -86,9 +86,7 @@ def image_mae(
     options["val_every"] = min(val_every, max_steps)
     counts = ("batch_size", "max_steps", "devices", "accumulate_grad_batches", "log_every", "val_every", "val_items")
     check_at_least_one(options, *counts, "save_every", "image_size")
-    for name in ("lr", "final_lr", "clip"):
-        if not options[name] > 0:
-            raise ValueError(f"--{name}: wanted a positive number, got {options[name]}")
+    check_positive(options, "lr", "final_lr", "clip")
     check_run("train", options)
     quiet()
     from lightning import seed_everything
@@ -114,18 +112,12 @@ def image_mae(
     data = RunData(Shuffled(train, seed), val, batch_size, workers, val_items)
     with output_folder(out):
         trainer = make_trainer(options, max_steps, [ImageMAEPictures(out, val)], MODEL, "images")
-        if trainer.is_global_zero:
-            parameters = sum(p.numel() for p in network.parameters())
-            print(
-                f"masked autoencoder, {parameters / 1e6:.1f} M parameters, {network.config.kept} of "
-                f"{network.config.grid[0] * network.config.grid[1]} patches shown: {len(train):,} pictures "
-                f"({train.name}), {max_steps} steps; results in {out}"
-            )
-            if ckpt is None:
-                write_options(out, options)
-        try:
-            trainer.fit(module, data, ckpt_path=ckpt, weights_only=True)
-        except (ValueError, OSError) as error:
-            raise plain_error(error) from error
+        parameters = sum(p.numel() for p in network.parameters())
+        told = (
+            f"masked autoencoder, {parameters / 1e6:.1f} M parameters, {network.config.kept} of "
+            f"{network.config.grid[0] * network.config.grid[1]} patches shown: {len(train):,} pictures "
+            f"({train.name}), {max_steps} steps; results in {out}"
+        )
+        fit_run(trainer, module, data, options, told)
     if trainer.is_global_zero:
         print(f"{trainer.global_step} steps done; wrote {out / 'last.ckpt'} and {out / 'model'}")

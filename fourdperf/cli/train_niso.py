@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from fourdperf.cli.training import check_at_least_one, check_run, make_trainer, plain_error, quiet, write_options
+from fourdperf.cli.training import check_at_least_one, check_positive, check_run, fit_run, make_trainer, quiet
 from fourdperf.data.files import output_folder, write_text
 
 __all__ = ["EXPERIMENTS", "niso"]
@@ -382,15 +382,9 @@ def _train(
             clip=clip,
         )
         trainer = make_trainer(options, max_steps, [NisoPictures(out, run)], MODEL, run.items)
-        if trainer.is_global_zero:
-            learning = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-            print(f"niso.{experiment}, {learning / 1e3:.0f} k parameters learn; {run.told}; results in {out}")
-            if ckpt is None:
-                write_options(out, options)
-        try:
-            trainer.fit(module, run.data, ckpt_path=ckpt, weights_only=True)
-        except (ValueError, OSError) as error:
-            raise plain_error(error) from error
+        learning = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+        told = f"niso.{experiment}, {learning / 1e3:.0f} k parameters learn; {run.told}; results in {out}"
+        fit_run(trainer, module, run.data, options, told)
     if trainer.is_global_zero:
         tables = measure(*load_run(out))
         write_text(out / "results.json", json.dumps({"steps": trainer.global_step, **tables}, indent=2) + "\n")
@@ -401,9 +395,8 @@ def _check(options: dict[str, Any]) -> None:
     counts = ("batch_size", "max_steps", "devices", "accumulate_grad_batches", "log_every", "val_every", "val_items")
     own = ("size", "digit", "stack", "shapes", "height", "width", "videos", "stride")
     check_at_least_one(options, *counts, "save_every", *(name for name in own if name in options))
-    for name in ("lr", "final_lr", "clip", "eigenvalues", "eigenvalues_lr", "mass_lr"):
-        if options.get(name) is not None and not options[name] > 0:
-            raise ValueError(f"--{name}: wanted a positive number, got {options[name]}")
+    positive = ("lr", "final_lr", "clip", "eigenvalues", "eigenvalues_lr", "mass_lr")
+    check_positive(options, *(name for name in positive if name in options))
     for name in ("alpha", "beta", "spread", "weight_decay"):
         if not options.get(name, 0) >= 0:
             raise ValueError(f"--{name}: wanted a number from 0, got {options[name]}")

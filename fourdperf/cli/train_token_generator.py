@@ -3,7 +3,15 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fourdperf.cli.training import check_at_least_one, check_run, make_trainer, plain_error, quiet, write_options
+from fourdperf.cli.training import (
+    check_at_least_one,
+    check_positive,
+    check_run,
+    check_shares,
+    fit_run,
+    make_trainer,
+    quiet,
+)
 from fourdperf.data.files import output_folder
 
 if TYPE_CHECKING:
@@ -139,19 +147,13 @@ def token_generator(
     data = RunData(Shuffled(train, seed), val, batch_size, workers, val_items)
     with output_folder(out):
         trainer = make_trainer(options, max_steps, [GeneratorPictures(out, reader, classes)], MODEL, "images")
-        if trainer.is_global_zero:
-            parameters = sum(p.numel() for p in network.parameters())
-            print(
-                f"{config.kind}, {parameters / 1e6:.1f} M parameters, {config.num_tokens} codes of "
-                f"{config.codebook_size}, {config.num_classes} classes: {len(train):,} pictures, {max_steps} steps of "
-                f"{batch_size * accumulate_grad_batches}; results in {out}"
-            )
-            if ckpt is None:
-                write_options(out, options)
-        try:
-            trainer.fit(module, data, ckpt_path=ckpt, weights_only=True)
-        except (ValueError, OSError) as error:
-            raise plain_error(error) from error
+        parameters = sum(p.numel() for p in network.parameters())
+        told = (
+            f"{config.kind}, {parameters / 1e6:.1f} M parameters, {config.num_tokens} codes of "
+            f"{config.codebook_size}, {config.num_classes} classes: {len(train):,} pictures, {max_steps} steps of "
+            f"{batch_size * accumulate_grad_batches}; results in {out}"
+        )
+        fit_run(trainer, module, data, options, told)
     if trainer.is_global_zero:
         right = trainer.callback_metrics.get("val/accuracy")
         told = "not validated" if right is None else f"{100 * float(right):.1f}% of masked codes right on held-out data"
@@ -161,12 +163,8 @@ def token_generator(
 def _check(options: dict[str, Any]) -> None:
     counts = ("batch_size", "max_steps", "devices", "num_nodes", "accumulate_grad_batches", "log_every", "val_every")
     check_at_least_one(options, *counts, "val_items", "save_every")
-    for name in ("lr", "final_lr", "clip"):
-        if not options[name] > 0:
-            raise ValueError(f"--{name}: wanted a positive number, got {options[name]}")
-    for name in ("ema", "label_dropout", "label_smoothing"):
-        if not 0 <= options[name] < 1:
-            raise ValueError(f"--{name}: wanted a number in [0, 1), got {options[name]}")
+    check_positive(options, "lr", "final_lr", "clip")
+    check_shares(options, "ema", "label_dropout", "label_smoothing")
     if not 0 <= options["unmasked"] <= 1:
         raise ValueError(f"--unmasked: wanted a number in [0, 1], got {options['unmasked']}")
     if options["tokens"] is not None and options["data_path"] is not None:

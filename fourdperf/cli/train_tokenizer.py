@@ -8,7 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fourdperf.cli.training import check_at_least_one, check_run, make_trainer, plain_error, quiet, write_options
+from fourdperf.cli.training import (
+    check_at_least_one,
+    check_positive,
+    check_run,
+    check_shares,
+    fit_run,
+    make_trainer,
+    quiet,
+)
 from fourdperf.data.files import output_folder
 
 if TYPE_CHECKING:
@@ -191,21 +199,13 @@ def tokenizer(
         trainer = make_trainer(
             _lightning(options, module), max_steps, [TokenizerPictures(out, val)], network.MODEL, "images"
         )
-        if trainer.is_global_zero:
-            parameters = sum(p.numel() for p in network.parameters())
-            print(
-                f"{network.MODEL}, {parameters / 1e6:.1f} M parameters, {network.config.num_latents} latents of "
-                f"{size[0]} x {size[1]}: {len(train):,} pictures ({train.name}), {max_steps} steps of "
-                f"{batch_size * accumulate_grad_batches}; results in {out}"
-            )
-            for line in told:
-                print(line)
-            if ckpt is None:
-                write_options(out, options)
-        try:
-            trainer.fit(module, data, ckpt_path=ckpt, weights_only=True)
-        except (ValueError, OSError) as error:
-            raise plain_error(error) from error
+        parameters = sum(p.numel() for p in network.parameters())
+        begin = (
+            f"{network.MODEL}, {parameters / 1e6:.1f} M parameters, {network.config.num_latents} latents of "
+            f"{size[0]} x {size[1]}: {len(train):,} pictures ({train.name}), {max_steps} steps of "
+            f"{batch_size * accumulate_grad_batches}; results in {out}"
+        )
+        fit_run(trainer, module, data, options, begin, *told)
     if trainer.is_global_zero:
         print(f"{trainer.global_step} steps done; {_summary(trainer.callback_metrics)}; wrote {out}")
 
@@ -214,11 +214,8 @@ def _check(options: dict[str, Any]) -> None:
     counts = ("batch_size", "max_steps", "devices", "num_nodes", "accumulate_grad_batches", "log_every", "val_every")
     own = ("val_items", "save_every", "image_size", "discriminator_width", "discriminator_layers")
     check_at_least_one(options, *counts, *own)
-    for name in ("lr", "final_lr", "clip", "discriminator_lr"):
-        if not options[name] > 0:
-            raise ValueError(f"--{name}: wanted a positive number, got {options[name]}")
-    if not 0 <= options["ema"] < 1:
-        raise ValueError(f"--ema: wanted a number in [0, 1), got {options['ema']}")
+    check_positive(options, "lr", "final_lr", "clip", "discriminator_lr")
+    check_shares(options, "ema")
     if options["stage"] is not None and options["target"] is None:
         raise ValueError(f"--target: wanted the folder of MaskGIT's VQGAN for --stage {options['stage']}, got none")
     if options["stage"] == "1" and options["family"] != "titok":
@@ -257,8 +254,6 @@ def _network(options: dict[str, Any], vqgan: "MaskGITVQGAN | None") -> tuple["To
         wanted = f"codes {network.config.patch_size} pixels wide, the model's patch_size"
         raise ValueError(f"--target: wanted {wanted}, got one of {vqgan.config.factor}")
     c = network.config
-    if options["optimizer"] == "muon" and options["strategy"] == "fsdp":
-        raise ValueError("--optimizer: wanted adamw with --strategy fsdp: muon needs whole matrices")
     if options["strategy"] == "fsdp" and c.restart is not None and c.ema is None:
         raise ValueError(
             "--strategy: fsdp shards the codebook; wanted --model.ema 0.99 or --model.restart null with it"

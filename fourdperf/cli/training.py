@@ -11,9 +11,18 @@ from typing import TYPE_CHECKING, Any
 from fourdperf.data.files import write_text
 
 if TYPE_CHECKING:
-    from lightning import Callback, Trainer
+    from lightning import Callback, LightningDataModule, LightningModule, Trainer
 
-__all__ = ["check_at_least_one", "check_run", "make_trainer", "plain_error", "quiet", "write_options"]
+__all__ = [
+    "check_at_least_one",
+    "check_positive",
+    "check_run",
+    "check_shares",
+    "fit_run",
+    "make_trainer",
+    "plain_error",
+    "quiet",
+]
 
 
 def check_at_least_one(options: dict[str, Any], *names: str) -> None:
@@ -23,8 +32,25 @@ def check_at_least_one(options: dict[str, Any], *names: str) -> None:
             raise ValueError(f"--{name}: wanted at least 1, got {options[name]}")
 
 
+def check_positive(options: dict[str, Any], *names: str) -> None:
+    """Raises ValueError for the first of these options that is given and not positive."""
+    for name in names:
+        if options[name] is not None and not options[name] > 0:
+            raise ValueError(f"--{name}: wanted a positive number, got {options[name]}")
+
+
+def check_shares(options: dict[str, Any], *names: str) -> None:
+    """Raises ValueError for the first of these options that is not in [0, 1)."""
+    for name in names:
+        if not 0 <= options[name] < 1:
+            raise ValueError(f"--{name}: wanted a number in [0, 1), got {options[name]}")
+
+
 def check_run(command: str, options: dict[str, Any]) -> None:
-    """Raises FileNotFoundError for a --ckpt that is none, and ImportError without lightning."""
+    """Raises ValueError for an --optimizer that the --strategy does not allow, FileNotFoundError for a --ckpt that is
+    none, and ImportError without lightning."""
+    if options.get("optimizer") == "muon" and options["strategy"] == "fsdp":
+        raise ValueError("--optimizer: wanted adamw with --strategy fsdp: muon needs whole matrices")
     if options["ckpt"] is not None and not options["ckpt"].is_file():
         raise FileNotFoundError(f"--ckpt: no such file: {options['ckpt']}")
     if importlib.util.find_spec("lightning") is None:
@@ -86,10 +112,20 @@ def make_trainer(
     )
 
 
-def write_options(out: Path, options: dict[str, Any]) -> None:
-    """What a run was started with, to `out`/options.json."""
-    plain = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
-    write_text(out / "options.json", json.dumps(plain, indent=2) + "\n")
+def fit_run(
+    trainer: "Trainer", module: "LightningModule", data: "LightningDataModule", options: dict[str, Any], *told: str
+) -> None:
+    """Says what is about to be done, in lines, and does it, from --ckpt if there is one. A run that begins writes its
+    options to options.json."""
+    if trainer.is_global_zero:
+        print(*told, sep="\n")
+        if options["ckpt"] is None:
+            plain = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+            write_text(options["out"] / "options.json", json.dumps(plain, indent=2) + "\n")
+    try:
+        trainer.fit(module, data, ckpt_path=options["ckpt"], weights_only=True)
+    except (ValueError, OSError) as error:
+        raise plain_error(error) from error
 
 
 def plain_error(error: Exception) -> Exception:

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from fourdperf.models.checkpoint import CheckpointError
+from fourdperf.models.checkpoint import CheckpointError, check_keys
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 
@@ -48,6 +48,18 @@ def read_state(path: str | os.PathLike) -> dict[str, Tensor]:
         if not isinstance(value, Tensor):
             raise CheckpointError(f"{path}: {name}: expected a tensor, got {type(value).__name__}")
     return dict(state)
+
+
+def load_checked(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    """Fills `module`; raises CheckpointError that names missing, unknown and misshapen keys of `where`."""
+    shapes = lambda tensors: {name: tuple(x.shape) for name, x in tensors.items()}
+    check_keys(where, shapes(module.state_dict()), shapes(state))
+    module.load_state_dict(state)
+
+
+def hub_folder() -> Path:
+    """Where torch.hub keeps files once they have been fetched; below TORCH_HOME."""
+    return Path(torch.hub.get_dir()) / "checkpoints"
 
 
 def without_prefix(state: Mapping[str, Tensor], *prefixes: str) -> dict[str, Tensor]:

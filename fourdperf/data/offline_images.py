@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from fourdperf.data.files import NpyWriter
 from fourdperf.data.images import Split, crop
+from fourdperf.data.pictures import to_pixels
 from fourdperf.data.scenes import Scene
 from fourdperf.data.scenes.textures import load_photographs
 from fourdperf.data.synthetic import scene_seed
@@ -83,7 +84,7 @@ def _regions(split: Split) -> list[np.ndarray]:
 def _group(seed: int, size: tuple[int, int], regions: list[np.ndarray], folder: str) -> np.ndarray:
     """Frames of a scene whose photographs are those in the folder, and a piece of a region: uint8 (GROUP, H, W, 3)."""
     video = Scene(seed, GROUP - 1, size, time_step=TIME_STEP, photographs=folder).render().video
-    frames = (255 * video).round().clamp(0, 255).byte().numpy()
+    frames = to_pixels(video)
     rng = np.random.default_rng((seed, 2))
     region = regions[rng.integers(len(regions))]
     pieces = [_piece(rng, region, size) for _ in range(4)]

@@ -5,15 +5,24 @@ Images are uint8 (H, W, 3), RGB, everywhere in this file.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 
-__all__ = ["DepthColours", "PcaColours", "enlarge", "label", "side_by_side", "stack"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["DepthColours", "PcaColours", "enlarge", "label", "side_by_side", "stack", "to_pixels"]
 
 BACKGROUND = 255
 INK = (30, 30, 30)
 STRIP = 22
+
+
+def to_pixels(images: "Tensor") -> np.ndarray:
+    """uint8 of floating pictures `(.., H, W, C)` in [0, 1]; what is beyond is cut."""
+    return (images * 255).round().clamp(0, 255).byte().cpu().numpy()
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fourdperf.metrics.inception import FEATURES, FILE, cached_weights, load_inception
+from fourdperf.convert.state import hub_folder
+from fourdperf.metrics.inception import FEATURES, FILE, load_inception
 from fourdperf.models.checkpoint import CONFIG, CheckpointError
 from fourdperf.models.scaling4d import MODEL, Scaling4D
 
@@ -42,15 +43,16 @@ def open_features(path: Path | None = None, device: torch.device | str = "cpu") 
         FileNotFoundError: there is nothing at `path`.
         ValueError: it is neither.
     """
-    if path is None and not cached_weights().is_file():
+    cached = hub_folder() / FILE
+    if path is None and not cached.is_file():
         warnings.warn(
-            f"rFID: no Inception weights at {cached_weights()}; get them from {SOURCE}, or name the file. Instead, the "
+            f"rFID: no Inception weights at {cached}; get them from {SOURCE}, or name the file. Instead, the "
             f"Frechet distance on features of a {RANDOM}, which is no FID",
             stacklevel=2,
         )
         net = RandomConvNet().to(device)
         return Features(f"Frechet distance on features of a {RANDOM}", net.size, net)
-    path = path or cached_weights()
+    path = path or cached
     if path.is_dir():
         model = _load_4ds(path).to(device)
         of = lambda images: still_features(model, images)

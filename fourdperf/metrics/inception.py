@@ -17,10 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fourdperf.convert.state import read_state
-from fourdperf.models.checkpoint import check_keys
+from fourdperf.convert.state import load_checked, read_state
 
-__all__ = ["FEATURES", "FILE", "Inception", "cached_weights", "load_inception"]
+__all__ = ["FEATURES", "FILE", "Inception", "load_inception"]
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
 FEATURES, SIZE = 2048, 299
@@ -157,11 +156,6 @@ def mean_3x3(x: Tensor) -> Tensor:
     return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
 
 
-def cached_weights() -> Path:
-    """Where torch.hub keeps pytorch-fid's file once it has been fetched; below TORCH_HOME."""
-    return Path(torch.hub.get_dir()) / "checkpoints" / FILE
-
-
 def load_inception(path: Path) -> Inception:
     """The network with the weights of pytorch-fid's file, in eval mode.
 
@@ -169,10 +163,7 @@ def load_inception(path: Path) -> Inception:
     """
     state = {name: x for name, x in read_state(path).items() if name not in CLASSIFIER}
     model = Inception()
-    shapes = lambda tensors: {name: tuple(x.shape) for name, x in tensors.items()}
-    own = model.state_dict()
     # TensorFlow kept no such counts
-    state = {name: x for name, x in own.items() if name.endswith("num_batches_tracked")} | state
-    check_keys(str(path), shapes(own), shapes(state))
-    model.load_state_dict(state)
+    state = {name: x for name, x in model.state_dict().items() if name.endswith("num_batches_tracked")} | state
+    load_checked(model, state, str(path))
     return model.eval().requires_grad_(False)

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from fourdperf.convert.d4rt_encoder import IMAGENET_MEAN, IMAGENET_STD
+from fourdperf.convert.state import hub_folder
 from fourdperf.models.checkpoint import WEIGHTS
 
 __all__ = ["NAMES", "OURS", "USUAL", "VITS", "Known", "find_weights", "resolve", "weights_file"]
@@ -80,7 +79,7 @@ def find_weights(kind: str, width: int) -> Path:
         widths = ", ".join(map(str, places))
         raise FileNotFoundError(f"{kind}: wanted weights, since there are none of width {width} (but of {widths})")
     repository, file = places[width]
-    hub, checkpoints = _hub_cache(), Path(torch.hub.get_dir()) / "checkpoints"
+    hub, checkpoints = _hub_cache(), hub_folder()
     snapshots = sorted((hub / f"models--{repository.replace('/', '--')}" / "snapshots").glob("*"))
     candidates = [snapshot / name for snapshot in snapshots for name in (WEIGHTS, "pytorch_model.bin", file) if name]
     candidates += [checkpoints / file] * (file is not None)

@@ -17,8 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fourdperf.convert.state import read_state
-from fourdperf.models.checkpoint import check_keys
+from fourdperf.convert.state import hub_folder, load_checked, read_state
 
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of pictures in [-1, 1]
@@ -67,8 +66,8 @@ class LPIPS(nn.Module):
             FileNotFoundError: one of the two is nowhere; the message says where it was looked for.
             ValueError: a file holds something else, or is cut off.
         """
-        vgg = _find("vgg", vgg, VGG_FILE, VGG_SOURCE, _cached(VGG_FILE))
-        linear = _find("linear", linear, LINEAR_FILE, LINEAR_SOURCE, _cached(LINEAR_FILE), *_packaged())
+        vgg = _find("vgg", vgg, VGG_FILE, VGG_SOURCE, hub_folder() / VGG_FILE)
+        linear = _find("linear", linear, LINEAR_FILE, LINEAR_SOURCE, hub_folder() / LINEAR_FILE, *_packaged())
         model = cls(dropout)
         model.load_vgg(read_state(vgg), str(vgg))
         model.load_linear(read_state(linear), str(linear))
@@ -77,19 +76,13 @@ class LPIPS(nn.Module):
     def load_vgg(self, state: Mapping[str, Tensor], where: str = "vgg") -> None:
         """torchvision's `features.0.weight`, ..; what is not of the features is left."""
         state = {name.removeprefix("features."): x for name, x in state.items() if name.startswith("features.")}
-        self._load(self.convolutions, state, where)
+        load_checked(self.convolutions, state, where)
 
     def load_linear(self, state: Mapping[str, Tensor], where: str = "linear") -> None:
         """richzhang's `lin0.model.1.weight`, .. `(1, C, 1, 1)`."""
         found = {name: x.flatten() for name, x in state.items()}
         named = {f"lin{index}.model.1.weight": str(index) for index in range(len(STAGES))}
-        self._load(self.weights, {named.get(name, name): x for name, x in found.items()}, where)
-
-    @staticmethod
-    def _load(part: nn.Module, state: dict[str, Tensor], where: str) -> None:
-        shapes = lambda tensors: {name: tuple(x.shape) for name, x in tensors.items()}
-        check_keys(where, shapes(part.state_dict()), shapes(state))
-        part.load_state_dict(state)
+        load_checked(self.weights, {named.get(name, name): x for name, x in found.items()}, where)
 
     def features(self, images: Tensor) -> list[Tensor]:
         """The five stages `(B, C, h, w)` of pictures `(B, H, W, 3)` in [0, 1]."""
@@ -160,10 +153,6 @@ def _unit(features: Tensor) -> Tensor:
     features = features.float()
     # vector_norm, and not a root of a sum: where nothing is active its gradient is 0, and not NaN
     return features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + LENGTH_FLOOR)
-
-
-def _cached(file: str) -> Path:
-    return Path(torch.hub.get_dir()) / "checkpoints" / file
 
 
 def _packaged() -> list[Path]:

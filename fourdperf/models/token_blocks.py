@@ -144,19 +144,31 @@ class TokenEncoder(nn.Module):
             with torch.no_grad():
                 self.positions[int(self.class_position) :][: len(table)] = table
 
-    def forward(self, images: Tensor, taps: dict[str, Tensor] | None = None) -> Tensor:
-        """`images` in whatever range the network was trained with; taps: "encoder/embed", "encoder/00", .."""
+    def embed(self, images: Tensor, latent_tokens: Tensor) -> Tensor:
+        """The sequence before the blocks; latent_tokens: all of them, or the first few `(n, D)`."""
         patches = self.patch_embed(images.permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
         batch, dtype = len(images), patches.dtype
-        class_token, latents = (x.to(dtype) for x in (self.class_token, self.latent_tokens))
+        class_token, latents = (x.to(dtype) for x in (self.class_token, latent_tokens))
         class_token = class_token.expand(batch, 1, -1)
-        parts, positions = [patches, latents.expand(batch, -1, -1)], self.positions.to(dtype)
+        parts = [patches, latents.expand(batch, -1, -1)]
+        places = self.class_position + patches.shape[1] + len(latents)
+        positions = self.positions[:places].to(dtype)
         if self.class_position:
             tokens = torch.cat([class_token, *parts], dim=1) + positions
         else:
             tokens = torch.cat([class_token, torch.cat(parts, dim=1) + positions], dim=1)
-        if self.norm_pre is not None:
-            tokens = self.norm_pre(tokens)
+        return tokens if self.norm_pre is None else self.norm_pre(tokens)
+
+    def patch_features(self, images: Tensor) -> Tensor:
+        """The norms of the patches' tokens `(B, P, D)`, as a ViT without latent tokens gives them."""
+        tokens = self.embed(images, self.latent_tokens[:0])
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.norm(tokens)[:, 1:]
+
+    def forward(self, images: Tensor, taps: dict[str, Tensor] | None = None) -> Tensor:
+        """`images` in whatever range the network was trained with; taps: "encoder/embed", "encoder/00", .."""
+        tokens = self.embed(images, self.latent_tokens)
         tap(taps, "encoder/embed", tokens)
         for index, block in enumerate(self.blocks):
             tokens = block(tokens)
@@ -164,7 +176,7 @@ class TokenEncoder(nn.Module):
         latents = self.norm(tokens[:, -self.num_latents :])
         tap(taps, "encoder/norm", latents)
         if self.latent_layout == "upstream":
-            latents = latents.reshape(batch, -1, self.num_latents).transpose(1, 2)
+            latents = latents.reshape(len(images), -1, self.num_latents).transpose(1, 2)
         latents = self.out(latents)
         tap(taps, "encoder/latents", latents)
         return latents

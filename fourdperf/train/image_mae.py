@@ -9,7 +9,7 @@ from lightning import LightningModule
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fourdperf.data.pictures import enlarge, label, side_by_side, stack
+from fourdperf.data.pictures import enlarge, label, side_by_side, stack, to_pixels
 from fourdperf.data.video import write_png
 from fourdperf.models.image_mae import ImageMAE, Output
 from fourdperf.train.callbacks import RunPictures, curve_picture
@@ -98,8 +98,7 @@ def guesses_picture(images: Tensor, found: Output, grid: tuple[int, int]) -> np.
     shown = torch.where(mask[..., None], torch.full_like(images, 0.5), images)
     columns = []
     for rows in zip(images, shown, found.recon.float().cpu()):
-        pixels = ((255 * row).round().clamp(0, 255).byte().numpy() for row in rows)
         height, width = images.shape[1:3]
-        large = (enlarge(panel, PANEL, PANEL * width // height) for panel in pixels)
+        large = (enlarge(to_pixels(row), PANEL, PANEL * width // height) for row in rows)
         columns.append(stack([label(panel, text) for panel, text in zip(large, ("original", "shown", "guessed"))]))
     return side_by_side(columns)

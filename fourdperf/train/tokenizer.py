@@ -242,19 +242,7 @@ class PatchFeatures(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Pictures `(B, H, W, 3)` in [0, 1]."""
-        encoder = self.encoder
-        patches = encoder.patch_embed(2 * images.permute(0, 3, 1, 2) - 1).flatten(2).transpose(1, 2)
-        class_token = encoder.class_token.expand(len(images), 1, -1)
-        first = int(encoder.class_position)
-        positions = encoder.positions[: first + patches.shape[1]]
-        if first:
-            tokens = torch.cat([class_token, patches], dim=1) + positions
-        else:
-            tokens = torch.cat([class_token, patches + positions], dim=1)
-        tokens = tokens if encoder.norm_pre is None else encoder.norm_pre(tokens)
-        for block in encoder.blocks:
-            tokens = block(tokens)
-        return encoder.norm(tokens)[:, 1:]
+        return self.encoder.patch_features(2 * images - 1)
 
 
 def with_pixel_decoder(model: TiTok, vqgan: MaskGITVQGAN) -> TiTok:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fourdperf.data.chart import line_chart
-from fourdperf.data.pictures import enlarge, label, side_by_side, stack
+from fourdperf.data.pictures import enlarge, label, side_by_side, stack, to_pixels
 from fourdperf.data.video import write_png
 from fourdperf.models.token_generator import TokenGenerator
 from fourdperf.models.tokenizers import decode
@@ -78,8 +78,7 @@ def samples_picture(model: TokenGenerator, tokenizer, names: tuple[str, ...], ge
     training = model.training
     codes = model.eval().generate(classes, generator=generator)
     model.train(training)
-    images = decode(tokenizer, codes).cpu().numpy()
-    pixels = np.rint(255 * images).astype(np.uint8).reshape(ROWS, columns, *images.shape[1:])
+    pixels = to_pixels(decode(tokenizer, codes).unflatten(0, (ROWS, columns)))
     panels = [stack([_panel(image) for image in pixels[:, column]]) for column in range(columns)]
     if len(names) > 1:
         panels = [label(panel, name) for panel, name in zip(panels, names)]

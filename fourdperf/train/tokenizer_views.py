@@ -12,20 +12,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fourdperf.data.chart import line_chart
-from fourdperf.data.pictures import enlarge, label, side_by_side, stack
+from fourdperf.data.pictures import enlarge, label, side_by_side, stack, to_pixels
 from fourdperf.metrics.codes import co_occurrence, code_clusters, perplexity, usage
 from fourdperf.metrics.images import psnr
 
-__all__ = ["evaluation_pictures", "panel", "to_pixels"]
+__all__ = ["evaluation_pictures", "panel"]
 
 PANEL, MATRIX, COLUMNS = 128, 512, 8
 CLUSTERS, EXAMPLES = 8, 8
 CODES, PATCHES, CELL = 16, 12, 64
-
-
-def to_pixels(images: Tensor) -> np.ndarray:
-    """uint8 of pictures `(.., H, W, 3)` in [0, 1]."""
-    return (images * 255).round().clamp(0, 255).byte().cpu().numpy()
 
 
 def panel(pixels: np.ndarray) -> np.ndarray:

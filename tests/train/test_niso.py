@@ -2,11 +2,8 @@
 
 import csv
 import math
-import os
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -17,6 +14,7 @@ from fourdperf.data.toric import eigenspaces, toric_eigs
 from fourdperf.models.niso import Autoencoder, Config
 from fourdperf.train.checkpoint import read_run
 from tests.models.niso_cases import exact_basis
+from tests.train.processes import ENVIRONMENT, kill_after_checkpoint
 
 pytest.importorskip("lightning")
 pytest.importorskip("sklearn")
@@ -84,17 +82,9 @@ def command(*options) -> list[str]:
     return [sys.executable, "-m", "fourdperf", "train", "niso.hmnist_encode", *TINY, *map(str, options)]
 
 
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-
-
 def test_killed_run_goes_on_as_if_nothing_had_happened(plain, tmp_path):
     """kill -9 after the first checkpoint, wherever the run is then."""
-    process = subprocess.Popen(command(f"--out={tmp_path}"), env=ENVIRONMENT, stdout=-3, stderr=-3)
-    until = time.monotonic() + 200
-    while not (tmp_path / "last.ckpt").exists() and time.monotonic() < until:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    kill_after_checkpoint(command(f"--out={tmp_path}"), tmp_path)
     assert read_run(tmp_path / "last.ckpt")["global_step"] == 3
     assert run(f"--out={tmp_path}", f"--ckpt={tmp_path / 'last.ckpt'}") == 0
     assert same(tmp_path, plain)

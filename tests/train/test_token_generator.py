@@ -17,7 +17,8 @@ from fourdperf.models.tokenizer import Tokenizer
 from fourdperf.models.tokenizers import fingerprint, load_generator
 from fourdperf.train.checkpoint import read_run
 from tests.models.tokenizer_cases import SEED, TOKENS
-from tests.train.tokenizer_runs import ENVIRONMENT, write_pictures
+from tests.train.processes import ENVIRONMENT
+from tests.train.tokenizer_runs import write_pictures
 
 pytest.importorskip("lightning")
 pytestmark = pytest.mark.usefixtures("one_thread")

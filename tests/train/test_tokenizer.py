@@ -2,9 +2,6 @@
 
 import json
 import math
-import signal
-import subprocess
-import time
 
 import pytest
 import torch
@@ -19,8 +16,8 @@ from fourdperf.models.tokenizers import load_tokenizer
 from fourdperf.train.checkpoint import read_run
 from tests.models.tokenizer_cases import PIXELS
 from tests.models.tokenizer_cases import TITOK as SMALL_TITOK
+from tests.train.processes import kill_after_checkpoint
 from tests.train.tokenizer_runs import (
-    ENVIRONMENT,
     column,
     command,
     curve,
@@ -117,12 +114,7 @@ def test_time_limit_and_going_on(data, plain, tmp_path):
 
 def test_killed_run_goes_on_as_if_nothing_had_happened(data, plain, tmp_path):
     """kill -9 after the first checkpoint, which has the discriminator, both optimisers and LeCam's means."""
-    process = subprocess.Popen(command(data, tmp_path, *FULL), env=ENVIRONMENT, stdout=-3, stderr=-3)
-    until = time.monotonic() + 200
-    while not (tmp_path / "last.ckpt").exists() and time.monotonic() < until:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    kill_after_checkpoint(command(data, tmp_path, *FULL), tmp_path)
     assert read_run(tmp_path / "last.ckpt")["global_step"] == 3
     assert train(data, tmp_path, *FULL, f"--ckpt={tmp_path / 'last.ckpt'}") == 0
     assert same(tmp_path, plain)

@@ -1,7 +1,6 @@
 """Tiny runs of `fourdperf train tokenizer` for tests: pictures of two colours in a folder, small networks."""
 
 import csv
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from fourdperf.cli.main import main
 from fourdperf.data.video import write_png
 from fourdperf.models.tokenizers import load_tokenizer
+from tests.train.processes import ENVIRONMENT
 
 SIZES = ["--image_size=16", "--model.patch_size=8", "--model.num_latents=3", "--model.latent_channels=4"]
 SIZES += ["--model.hidden_size=24", "--model.num_layers=1", "--model.codebook_size=16", "--model.decoder_size=16"]
@@ -21,7 +21,6 @@ SEED += ["--model.attention_sizes=[]"]
 TITOK = ["--family=titok", "--model.decoder_layers=1", "--model.decoder_heads=2"]
 RUN = ["--accelerator=cpu", "--batch_size=4", "--log_every=1", "--val_every=100", "--val_items=4", "--max_steps=6"]
 RUN += ["--save_every=3", "--loss.perceptual=0", "--discriminator_width=32", "--discriminator_layers=1"]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
 
 
 def write_pictures(folder: Path, count: int = 20, size: int = 16) -> Path:

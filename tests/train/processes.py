@@ -1,0 +1,20 @@
+"""Runs of the command line in processes of their own."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+DEADLINE = 200  # seconds, of a busy machine
+
+
+def kill_after_checkpoint(command: list[str], out: Path) -> None:
+    """kill -9 after the first checkpoint, wherever the run is then."""
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=-3, stderr=-3)
+    until = time.monotonic() + DEADLINE
+    while not (out / "last.ckpt").exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
