@@ -20,72 +20,57 @@ namespace {
 
 // ---- packing
 
-// dst[step * slots + r] = channels (step, of a pair) of token first + r; slots beyond `count` are zero
+// Tokens first .. first + count in tiles of `slots`: [tile][step of channels][slots]; slots beyond the end are zero
 template <class M>
 inline void pack_slots(const Head<typename M::Type>& x, int64_t first, int64_t count, int64_t channels, int64_t slots,
                        bool negate, typename M::Unit* dst) {
+  using Unit = typename M::Unit;
   const int64_t steps = steps_of<M>(channels), whole = channels / M::pair, begun = pieces(channels, M::pair);
-  if (count < slots || begun < steps) memset(dst, 0, size_t(steps * slots) * sizeof(*dst));
-  constexpr int square = lanes<typename M::A>;  // that many tokens and steps are transposed at once, where there are
-  for (int64_t r = 0; r < count; ++r) {
-    const auto* p = x.row(first + r);
-    x.expect(first + r + kAhead, channels);
-    const bool whole_square = x.channel == 1 && slots % square == 0 && r / square * square + square <= count;
-    const int64_t squared = whole_square ? whole / square * square : 0;
-    for (int64_t s = 0; s < (r % square == 0 ? squared : 0); s += square) {
+  const int64_t room = steps * slots, tiles = pieces(count, slots), zeros = begun < steps ? 0 : count / slots;
+  memset(dst + zeros * room, 0, size_t((tiles - zeros) * room) * sizeof(Unit));
+  const auto at = [&](int64_t r, int64_t s) { return dst + r / slots * room + s * slots + r % slots; };
+  // whole squares of tokens and steps are transposed in registers
+  constexpr int square = lanes<typename M::A>;
+  const int64_t run = smaller(square, slots), squares = x.channel == 1 && square % run == 0 && slots % run == 0;
+  const int64_t tokens_done = squares * (count / square * square), steps_done = whole / square * square;
+  for (int64_t r = 0; r < tokens_done; r += square) {
+    for (int i = 0; i < square; ++i) x.expect(first + r + square + i, channels);
+    for (int64_t s = 0; s < steps_done; s += square) {
       vec<typename M::A> v[square];
       for (int i = 0; i < square; ++i) v[i] = M::units(x.row(first + r + i) + s * M::pair);
       transpose(v);
-      for (int i = 0; i < square; ++i) memcpy(dst + (s + i) * slots + r, &v[i], sizeof(v[i]));
+      for (int i = 0; i < square; ++i) {
+        for (int64_t j = 0; j < square; j += run) {
+          memcpy(at(r + j, s + i), reinterpret_cast<const char*>(&v[i]) + j * sizeof(Unit), size_t(run) * sizeof(Unit));
+        }
+      }
     }
+  }
+  for (int64_t r = steps_done == begun ? tokens_done : 0; r < count; ++r) {
+    const auto* p = x.row(first + r);
+    Unit* to = at(r, 0);
+    x.expect(first + r + kAhead, channels);
     if (x.channel == 1) {
-      for (int64_t s = squared; s < whole; ++s) dst[s * slots + r] = M::unit(p + s * M::pair);
+      for (int64_t s = r < tokens_done ? steps_done : 0; s < whole; ++s) to[s * slots] = M::unit(p + s * M::pair);
     } else {
       for (int64_t s = 0; s < whole; ++s) {
         const auto* c = p + s * M::pair * x.channel;
-        dst[s * slots + r] = M::unit(c, c + (M::pair - 1) * x.channel);
+        to[s * slots] = M::unit(c, c + (M::pair - 1) * x.channel);
       }
     }
-    if (whole < begun) dst[whole * slots + r] = M::half_unit(p + whole * M::pair * x.channel);
+    if (whole < begun) to[whole * slots] = M::half_unit(p + whole * M::pair * x.channel);
   }
-  if (negate) {
-    for (int64_t i = 0; i < steps * slots; ++i) dst[i] = M::negative(dst[i]);
-  }
+  for (int64_t i = 0; i < (negate ? tiles * room : 0); ++i) dst[i] = M::negative(dst[i]);
 }
 
 // Tokens as rows whose channels are summed over: [tile of kRows tokens][step of channels][kRows]
 template <class M>
 inline void pack_tokens(const Head<typename M::Type>& x, int64_t tokens, int64_t channels, bool negate,
                         typename M::Unit* dst) {
-  const int64_t room = steps_of<M>(channels) * M::kRows;
-  constexpr int square = lanes<typename M::A>;
-  int64_t first = 0;
-  if constexpr (M::kStep == 1 && square % M::kRows == 0) {  // squares of tokens and steps, transposed in registers
-    const int64_t whole = channels / M::pair / square * square;
-    if (x.channel == 1 && whole == steps_of<M>(channels)) {
-      for (; first + square <= tokens; first += square, dst += square / M::kRows * room) {
-        for (int i = 0; i < square; ++i) x.expect(first + square + i, channels);
-        for (int64_t s = 0; s < whole; s += square) {
-          vec<typename M::A> v[square];
-          for (int i = 0; i < square; ++i) v[i] = M::units(x.row(first + i) + s * M::pair);
-          transpose(v);
-          for (int i = 0; i < square; ++i) {
-            for (int j = 0; j < square / M::kRows; ++j) {
-              memcpy(dst + j * room + (s + i) * M::kRows, reinterpret_cast<const char*>(&v[i]) + j * M::kRows * sizeof(*dst),
-                     M::kRows * sizeof(*dst));
-            }
-          }
-        }
-        for (int64_t i = 0; i < (negate ? square / M::kRows * room : 0); ++i) dst[i] = M::negative(dst[i]);
-      }
-    }
-  }
-  for (; first < tokens; first += M::kRows, dst += room) {
-    const int64_t count = smaller(tokens - first, M::kRows);
-    if constexpr (M::kStep > 1) {
-      M::pack_rows(x, first, count, channels, negate, dst);
-    } else {
-      pack_slots<M>(x, first, count, channels, M::kRows, negate, dst);
+  if constexpr (M::kStep == 1) return pack_slots<M>(x, 0, tokens, channels, M::kRows, negate, dst);
+  else {
+    for (int64_t first = 0; first < tokens; first += M::kRows, dst += steps_of<M>(channels) * M::kRows) {
+      M::pack_rows(x, first, smaller(tokens - first, M::kRows), channels, negate, dst);
     }
   }
 }
