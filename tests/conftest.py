@@ -10,7 +10,8 @@ if not torch.cuda.is_available():
 import pytest  # noqa: E402
 
 from fourdperf import native  # noqa: E402
-from tests.harness import TARGETS, Target  # noqa: E402
+from tests.cuda_emulator import build as emulator  # noqa: E402
+from tests.harness import EMULATED, TARGETS, Target  # noqa: E402
 
 # torch notes on first use which factories obey `with torch.device(...)`: that must not be the patched ones below
 with torch.device("meta"):
@@ -50,6 +51,13 @@ def in_use(wanted: Target):
         pytest.skip(reason)
     if wanted.isa is None:
         yield wanted
+        return
+    if wanted.isa == EMULATED:
+        with pytest.MonkeyPatch.context() as patch:
+            kernels = emulator.build()
+            patch.setattr(native, "library", lambda device: (kernels, None))
+            patch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
+            yield wanted
         return
     library = native.library("cpu")[0]
     before = library.cpu_isa()

@@ -3,7 +3,9 @@
 // work      a block of 256 threads has a matrix to itself, in shared memory (3 n^2 numbers). One-sided Jacobi: a round turns
 //           n / 2 disjoint pairs of rows, one pair a warp; n - 1 rounds are a sweep, and 6 to 10 sweeps suffice. Products
 //           are loops over shared memory.
-// numerics  everything in the dtype of x, scaled by a power of two. Sums have a fixed order: the same bits in every run
+// numerics  everything in the dtype of x, scaled by a power of two. Thousands of turns leave the vectors orthogonal to some n
+//           roundings only: a step of Newton and Schulz, R - R (R^T R - 1) / 2, and for the gradient a second pass over what
+//           is left of the equation, bring it back to a few. Sums have a fixed order: the same bits in every run
 // limits    n <= 64; for more, products of whole matrices on the device are faster (fourdperf/ops/procrustes.py)
 #include "common/cuda.h"
 #include "common/dispatch.h"
@@ -212,7 +214,17 @@ procrustes_kernel(const A* x, A* out, A* flip, int n, bool special) {
       const A term = s.g[k * s.ld + i] * s.v[k * s.ld + j];
       sum += k == last ? -term : term;
     }
-    out[i * n + j] = sum;
+    s.m[i * s.ld + j] = sum;
+  });
+  s.each([&](int i, int j) {
+    A sum = i == j ? A(-1) : A(0);
+    for (int k = 0; k < n; ++k) sum += s.m[k * s.ld + i] * s.m[k * s.ld + j];
+    s.g[i * s.ld + j] = sum;
+  });
+  s.each([&](int i, int j) {
+    A sum = 0;
+    for (int k = 0; k < n; ++k) sum += s.m[i * s.ld + k] * s.g[k * s.ld + j];
+    out[i * n + j] = s.m[i * s.ld + j] - sum / 2;
   });
   for (int j = threadIdx.x; flip && j < n; j += kThreads) {
     flip[int64_t(blockIdx.x) * n + j] = last < 0 ? A(0) : s.v[last * s.ld + j];
@@ -258,7 +270,6 @@ procrustes_solve_kernel(const A* h, const A* p, const A* flip, A* y, int n) {
   __syncthreads();
   A most = last;
   for (int i = 0; i < n; ++i) most = s.size[i] > most ? s.size[i] : most;
-  s.each([&](int i, int j) { s.m[i * s.ld + j] = scale * (p[i * n + j] - p[j * n + i]); });
   const auto product = [&](const A* a, int row, int column, const A* b, int b_row, int b_column, A* out) {
     s.each([&](int i, int j) {
       A sum = 0;
@@ -266,21 +277,31 @@ procrustes_solve_kernel(const A* h, const A* p, const A* flip, A* y, int n) {
       out[i * s.ld + j] = sum;
     });
   };
-  product(s.v, s.ld, 1, s.m, s.ld, 1, s.g);
-  product(s.g, s.ld, 1, s.v, 1, s.ld, s.m);
-  s.each([&](int i, int j) {
-    if (i > j) return;
-    const A weight = procrustes_weight(s.size[i] + s.size[j], most, n, std::numeric_limits<A>::epsilon());
-    const A x = i == j ? A(0) : s.m[i * s.ld + j] * weight;
-    s.m[i * s.ld + j] = x;
-    s.m[j * s.ld + i] = -x;
-  });
-  product(s.v, 1, s.ld, s.m, s.ld, 1, s.g);
-  s.each([&](int i, int j) {
-    A sum = 0;
-    for (int k = 0; k < n; ++k) sum += s.g[i * s.ld + k] * s.v[k * s.ld + j];
-    y[i * n + j] = sum;
-  });
+  // the second time for what the first left: h y + y h is not yet p - p^T, as v is orthogonal but to n roundings
+  for (int pass = 0; pass < 2; ++pass) {
+    s.each([&](int i, int j) {
+      A rest = p[i * n + j] - p[j * n + i];
+      for (int k = 0; pass && k < n; ++k) {
+        rest -= (h[i * n + k] + h[k * n + i]) / 2 * y[k * n + j] + y[i * n + k] * ((h[k * n + j] + h[j * n + k]) / 2);
+      }
+      s.m[i * s.ld + j] = scale * rest;
+    });
+    product(s.v, s.ld, 1, s.m, s.ld, 1, s.g);
+    product(s.g, s.ld, 1, s.v, 1, s.ld, s.m);
+    s.each([&](int i, int j) {
+      if (i > j) return;
+      const A weight = procrustes_weight(s.size[i] + s.size[j], most, n, std::numeric_limits<A>::epsilon());
+      const A x = i == j ? A(0) : s.m[i * s.ld + j] * weight;
+      s.m[i * s.ld + j] = x;
+      s.m[j * s.ld + i] = -x;
+    });
+    product(s.v, 1, s.ld, s.m, s.ld, 1, s.g);
+    s.each([&](int i, int j) {
+      A sum = pass ? y[i * n + j] : A(0);
+      for (int k = 0; k < n; ++k) sum += s.g[i * s.ld + k] * s.v[k * s.ld + j];
+      y[i * n + j] = sum;
+    });
+  }
 }
 
 template <class F> void launch(const ProcrustesArgs& a, F&& f) {
