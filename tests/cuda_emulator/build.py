@@ -18,9 +18,15 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
+from fourdperf import native
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 FLAGS = "-std=c++17 -O2 -fPIC -fvisibility=hidden -ffp-contract=fast -march=native -fno-math-errno -w -DFOURDPERF_CUDA_MODULE".split()
+
+SANITIZE = (
+    "-g -fsanitize=address,undefined -fno-sanitize-recover=undefined".split()
+)  # as the CPU library of `make sanitize`
 
 
 def translate(source: str) -> str:
@@ -108,7 +114,8 @@ def link(sources: list[Path], folder: Path) -> Path:
     import pybind11
 
     places = (HERE, ROOT / "csrc", pybind11.get_include(), sysconfig.get_paths()["include"])
-    command = [compiler(), *FLAGS, *(f"-I{place}" for place in places)]
+    checks = SANITIZE if native.build_info().get("sanitize") == "ON" else []
+    command = [compiler(), *FLAGS, *checks, *(f"-I{place}" for place in places)]
 
     def compiled(source):
         out = folder / (source.stem + ".o")
@@ -117,5 +124,5 @@ def link(sources: list[Path], folder: Path) -> Path:
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compiled, sources))
-    subprocess.run([compiler(), "-shared", *objects, "-o", folder / "library.so"], check=True)
+    subprocess.run([compiler(), "-shared", *checks, *objects, "-o", folder / "library.so"], check=True)
     return folder / "library.so"
