@@ -86,7 +86,7 @@ template <class A, class T> struct Forward {
       const int64_t begin = task % plan.bands * plan.band;
       const ClassGrid grid = grid_of(task);
       if (begin < grid.rows.size) {
-        attend(grid, begin, smaller(begin + plan.band, grid.rows.size), *scratch[omp_get_thread_num()]);
+        attend(grid, begin, smaller(begin + plan.band, grid.rows.size), smaller(task + 1, tasks - 1), *scratch[omp_get_thread_num()]);
       }
     }
   }
@@ -96,7 +96,8 @@ template <class A, class T> struct Forward {
     return ClassGrid(a, group / a.heads, group % a.heads, cls / plan.classes_x, cls % plan.classes_x);
   }
 
-  void attend(const ClassGrid& grid, int64_t begin, int64_t end, Scratch& s) {
+  // `next`: the task that most often follows
+  void attend(const ClassGrid& grid, int64_t begin, int64_t end, int64_t next, Scratch& s) {
     constexpr int64_t L = lanes<A>;
     const Tokens<const T> q(a.q, a.q_strides, a, grid), k(a.k, a.k_strides, a, grid), v(a.v, a.v_strides, a, grid);
     if (a.extra) {
@@ -104,6 +105,8 @@ template <class A, class T> struct Forward {
       pack_extra<A, T>(plan, a.extra_v, a.extra_v_strides, a, grid.frame, grid.head, s.extra_values.data());
     }
     s.tiles.set(plan, grid.columns);
+    const ClassGrid next_grid = grid_of(next);
+    const int64_t next_begin = next % plan.bands * plan.band;
     int64_t packed = grid.rows.first(begin);
     for (int64_t y = begin; y < end; y += kStrip) {
       const Strip strip = strip_from(grid.rows, y, end);
@@ -111,6 +114,10 @@ template <class A, class T> struct Forward {
         pack_keys_transposed<A, T>(plan, k, packed, grid.columns.size, a.dim, &s.keys[plan.slot(packed) * plan.key_row]);
         pack_keys<A, T>(plan, v, packed, grid.columns.size, a.dim, &s.values[plan.slot(packed) * plan.value_row]);
       }
+      const bool last = y + kStrip >= end;
+      const ClassGrid& ahead_grid = last ? next_grid : grid;
+      const Ahead ahead = last ? ahead_of(next_grid.rows, next_begin, next_grid.rows.size, next_grid.rows.first(next_begin))
+                               : ahead_of(grid.rows, y + kStrip, end, packed);
       for (int64_t t = 0; t < s.tiles.count; ++t) {
         const Tile& tile = s.tiles.tile[t];
         for (int r = 0; r < strip.count; ++r) {
@@ -119,13 +126,13 @@ template <class A, class T> struct Forward {
         }
         score_tile(plan, strip, tile, s.tiles.inside_of(plan, t), a.extra, a.dim, s.extra_keys.data(), s.keys.data(), s.q.data(),
                    s.scores.data(), A(-INFINITY));
-        finish(grid, strip, tile, s);
+        finish(grid, strip, tile, ahead_grid, ahead, s);
       }
     }
   }
 
   // One tile of a strip: weights and lse from the scores, then the weighted sums of the values.
-  void finish(const ClassGrid& grid, const Strip& strip, const Tile& tile, Scratch& s) {
+  void finish(const ClassGrid& grid, const Strip& strip, const Tile& tile, const ClassGrid& ahead_grid, const Ahead& ahead, Scratch& s) {
     constexpr int64_t L = lanes<A>;
     alignas(64) A zeros[L] = {}, inverse[kStrip][L], lse[L];
     for (int r = 0; r < strip.count; ++r) {
@@ -141,7 +148,13 @@ template <class A, class T> struct Forward {
       for (int64_t x = tile.begin; x < tile.end; ++x) to[x * a.dilation_x] = lse[x - tile.begin];
     }
     const Tokens<T> out(a.out, dense_strides(a), a, grid);
+    const Tokens<const T> q(a.q, a.q_strides, a, ahead_grid), k(a.k, a.k_strides, a, ahead_grid), v(a.v, a.v_strides, a, ahead_grid);
     for (int64_t x = tile.begin; x < tile.end; ++x) {
+      if (x < ahead_grid.columns.size) {
+        prefetch(q, ahead.y, ahead.end_y, x, a.dim);
+        prefetch(k, ahead.row, ahead.end_row, x, a.dim);
+        prefetch(v, ahead.row, ahead.end_row, x, a.dim);
+      }
       const Span span = span_of<A>(grid.columns, tile, x);
       each_block(plan, [&](auto vectors, int64_t d) {
         const auto put = [&](int r, int u, vec<A> sum) __attribute__((always_inline)) {

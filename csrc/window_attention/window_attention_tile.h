@@ -155,6 +155,22 @@ inline Strip strip_from(const WindowAxis& rows, int64_t begin, int64_t limit) {
   return s;
 }
 
+// The rows that a strip has to read beside those that are packed: queries [y, end_y), keys [row, end_row).
+struct Ahead { int64_t y, end_y, row, end_row; };
+
+inline Ahead ahead_of(const WindowAxis& rows, int64_t y, int64_t limit, int64_t packed) {
+  const int64_t end = smaller(y + kStrip, limit);
+  return {y, end, packed, y < end ? rows.end(end - 1) : packed};
+}
+
+// Asks for column x of rows [row, end) : tokens are often pages apart, where no hardware prefetcher follows.
+template <class T> inline void prefetch(const Tokens<const T>& tokens, int64_t row, int64_t end, int64_t x, int64_t dim) {
+  for (; row < end; ++row) {
+    const char* p = reinterpret_cast<const char*>(tokens.at(row, x));
+    for (int64_t at = 0; at < dim * int64_t(sizeof(T)); at += 64) __builtin_prefetch(p + at, 0, 2);
+  }
+}
+
 // ---- packing
 
 // out[0 .. padded) = factor x[0 .. dim), zeros beyond
@@ -175,20 +191,26 @@ template <class A, class T> inline void store_head(T* to, int64_t d, int64_t dim
   }
 }
 
+inline constexpr bool within(int, Full) { return true; }
+inline bool within(int i, int n) { return i < n; }
+
 // `count` tokens, `step` apart -> out[d * stride + i] = factor token(i)[d], whole vectors of lanes: zeros from `count` on
 template <class A, class T>
 inline void pack_transposed(const T* x, int64_t step, int64_t count, int64_t dim, A factor, A* out, int64_t stride) {
   constexpr int W = lanes<A>;
   const vec<A> f = broadcast<A>(factor);
-  for (int64_t i = 0; i < count; i += W) {
-    for (int64_t d = 0; d < dim; d += W) {
-      const int width = int(smaller(W, dim - d));
+  for_vectors<A>(count, [&](int64_t i, auto tokens) __attribute__((always_inline)) {
+    for_vectors<A>(dim, [&](int64_t d, auto width) __attribute__((always_inline)) {
       vec<A> v[W];
-      for (int m = 0; m < W; ++m) v[m] = i + m < count ? load<A>(x + (i + m) * step + d, width) * f : vec<A>{};
+#pragma GCC unroll 16
+      for (int m = 0; m < W; ++m) v[m] = within(m, tokens) ? load<A>(x + (i + m) * step + d, width) * f : vec<A>{};
       transpose(v);
-      for (int m = 0; m < width; ++m) store(out + (d + m) * stride + i, v[m]);
-    }
-  }
+#pragma GCC unroll 16
+      for (int m = 0; m < W; ++m) {
+        if (within(m, width)) store(out + (d + m) * stride + i, v[m]);
+      }
+    });
+  });
 }
 
 // A row of keys: out[dim][line], column x at place plan.before + x. Places of no column keep the zeros that they began with.
@@ -265,6 +287,15 @@ template <class A> struct ExtraKeys {
   ExtraKeys from(int64_t n) const { return {keys + n * dim, dim}; }
 };
 
+// Keeps a vector in a register: gcc would rather read it again as an operand of every multiplication.
+template <class V> inline void hold(V& v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#elif defined(__SSE2__)
+  asm("" : "+x"(v));
+#endif
+}
+
 template <int R, int N, class A, class Keys>
 inline void score_block(const A* q, int64_t dim, const Keys& keys, A* const* scores, int64_t at) {
   constexpr int64_t L = lanes<A>;
@@ -272,10 +303,15 @@ inline void score_block(const A* q, int64_t dim, const Keys& keys, A* const* sco
   vec<A> sum[R][N] = {};
   for (int64_t d = 0; d < dim; ++d) {
     vec<A> query[R];
-    for (int r = 0; r < R; ++r) query[r] = load<A>(q + r * strip_row + d * L);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      query[r] = load<A>(q + r * strip_row + d * L);
+      if (N > 1) hold(query[r]);
+    }
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
-      const vec<A> key = keys(d, n);
+      vec<A> key = keys(d, n);
+      if (R > 1) hold(key);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) sum[r][n] += query[r] * key;
     }
