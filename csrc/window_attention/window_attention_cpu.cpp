@@ -53,9 +53,17 @@ template <class A> inline Softmax<A> softmax(A* scores, int64_t count, vec<A> ze
   return {largest, zeros > vec<A>{} ? sum + zeros * exp2(-largest) : sum};
 }
 
+constexpr int64_t kStreamed = int64_t(4) << 20;  // bytes from which the output goes past the caches
+
 template <class A, class T> struct Forward {
   const WindowAttentionArgs& a;
   const Plan<A> plan;
+  const bool streamed;
+
+  explicit Forward(const WindowAttentionArgs& a)
+      : a(a), plan(a, false),
+        streamed(a.frames * a.height * a.width * a.heads * a.dim * int64_t(sizeof(T)) >= kStreamed &&
+                 a.dim * int64_t(sizeof(T)) % 64 == 0 && reinterpret_cast<uintptr_t>(a.out) % 64 == 0) {}
 
   struct Scratch {
     Buffer<A> keys, values, extra_keys, extra_values, q, scores;
@@ -81,13 +89,17 @@ template <class A, class T> struct Forward {
     } free{scratch, threads};
     for (int t = 0; t < threads; ++t) scratch[t] = new Scratch(plan, a);  // here: nothing may throw in there
     const int64_t chunk = larger(1, smaller(a.heads, tasks / (8 * threads)));  // neighbouring heads share pages
-#pragma omp parallel for num_threads(threads) schedule(dynamic, chunk)
-    for (int64_t task = 0; task < tasks; ++task) {
-      const int64_t begin = task % plan.bands * plan.band;
-      const ClassGrid grid = grid_of(task);
-      if (begin < grid.rows.size) {
-        attend(grid, begin, smaller(begin + plan.band, grid.rows.size), smaller(task + 1, tasks - 1), *scratch[omp_get_thread_num()]);
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(dynamic, chunk)
+      for (int64_t task = 0; task < tasks; ++task) {
+        const int64_t begin = task % plan.bands * plan.band, next = smaller(task + 1, tasks - 1);
+        const ClassGrid grid = grid_of(task);
+        if (begin < grid.rows.size) {
+          attend(grid, begin, smaller(begin + plan.band, grid.rows.size), next, *scratch[omp_get_thread_num()]);
+        }
       }
+      stream_fence();
     }
   }
 
@@ -158,7 +170,14 @@ template <class A, class T> struct Forward {
       const Span span = span_of<A>(grid.columns, tile, x);
       each_block(plan, [&](auto vectors, int64_t d) {
         const auto put = [&](int r, int u, vec<A> sum) __attribute__((always_inline)) {
-          if (r < strip.count) store_head<A>(out.at(strip.begin + r, x), d + u * L, a.dim, sum * broadcast<A>(inverse[r][span.lane]));
+          if (r >= strip.count) return;
+          T* to = out.at(strip.begin + r, x);
+          sum *= broadcast<A>(inverse[r][span.lane]);
+          if (streamed) {
+            store_streaming(to + d + u * L, sum);
+          } else {
+            store_head<A>(to, d + u * L, a.dim, sum);
+          }
         };
         weighted_vectors<decltype(vectors)::value>(plan, strip, tile, span, a.extra, &s.extra_values[d], &s.values[d],
                                                    s.scores.data(), put);
@@ -173,7 +192,7 @@ void window_attention(const WindowAttentionArgs& a) {
   if (a.frames * a.height * a.width * a.heads * a.dim == 0) return;
   with_dtype(a.dtype, [&](auto tag) {
     using T = untag<decltype(tag)>;
-    Forward<acc_t<T>, T>{a, Plan<acc_t<T>>(a, false)}.run();
+    Forward<acc_t<T>, T>(a).run();
   });
 }
 
