@@ -53,17 +53,12 @@ template <class A> inline Softmax<A> softmax(A* scores, int64_t count, vec<A> ze
   return {largest, zeros > vec<A>{} ? sum + zeros * exp2(-largest) : sum};
 }
 
-constexpr int64_t kStreamed = int64_t(4) << 20;  // bytes from which the output goes past the caches
-
 template <class A, class T> struct Forward {
   const WindowAttentionArgs& a;
   const Plan<A> plan;
   const bool streamed;
 
-  explicit Forward(const WindowAttentionArgs& a)
-      : a(a), plan(a, false),
-        streamed(a.frames * a.height * a.width * a.heads * a.dim * int64_t(sizeof(T)) >= kStreamed &&
-                 a.dim * int64_t(sizeof(T)) % 64 == 0 && reinterpret_cast<uintptr_t>(a.out) % 64 == 0) {}
+  explicit Forward(const WindowAttentionArgs& a) : a(a), plan(a, false), streamed(streams<T>(a, a.out)) {}
 
   struct Scratch {
     Buffer<A> keys, values, extra_keys, extra_values, q, scores;
@@ -92,33 +87,34 @@ template <class A, class T> struct Forward {
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(dynamic, chunk)
-      for (int64_t task = 0; task < tasks; ++task) {
-        const int64_t begin = task % plan.bands * plan.band, next = smaller(task + 1, tasks - 1);
-        const ClassGrid grid = grid_of(task);
-        if (begin < grid.rows.size) {
-          attend(grid, begin, smaller(begin + plan.band, grid.rows.size), next, *scratch[omp_get_thread_num()]);
-        }
+      for (int64_t i = 0; i < tasks; ++i) {
+        const Task task = task_of(i);
+        if (task.begin < task.end) attend(task, task_of(smaller(i + 1, tasks - 1)), *scratch[omp_get_thread_num()]);
       }
       stream_fence();
     }
   }
 
-  ClassGrid grid_of(int64_t task) const {
-    const int64_t classes = plan.classes_y * plan.classes_x, cls = task / plan.bands % classes, group = task / plan.bands / classes;
-    return ClassGrid(a, group / a.heads, group % a.heads, cls / plan.classes_x, cls % plan.classes_x);
+  struct Task { ClassGrid grid; int64_t begin, end; };  // a band of query rows
+
+  Task task_of(int64_t i) const {
+    const int64_t classes = plan.classes_y * plan.classes_x, cls = i / plan.bands % classes, group = i / plan.bands / classes;
+    const ClassGrid grid(a, group / a.heads, group % a.heads, cls / plan.classes_x, cls % plan.classes_x);
+    const int64_t begin = i % plan.bands * plan.band;
+    return {grid, begin, smaller(begin + plan.band, grid.rows.size)};
   }
 
   // `next`: the task that most often follows
-  void attend(const ClassGrid& grid, int64_t begin, int64_t end, int64_t next, Scratch& s) {
+  void attend(const Task& task, const Task& next, Scratch& s) {
     constexpr int64_t L = lanes<A>;
+    const ClassGrid& grid = task.grid;
+    const int64_t begin = task.begin, end = task.end;
     const Tokens<const T> q(a.q, a.q_strides, a, grid), k(a.k, a.k_strides, a, grid), v(a.v, a.v_strides, a, grid);
     if (a.extra) {
       pack_extra<A, T>(plan, a.extra_k, a.extra_k_strides, a, grid.frame, grid.head, s.extra_keys.data());
       pack_extra<A, T>(plan, a.extra_v, a.extra_v_strides, a, grid.frame, grid.head, s.extra_values.data());
     }
     s.tiles.set(plan, grid.columns);
-    const ClassGrid next_grid = grid_of(next);
-    const int64_t next_begin = next % plan.bands * plan.band;
     int64_t packed = grid.rows.first(begin);
     for (int64_t y = begin; y < end; y += kStrip) {
       const Strip strip = strip_from(grid.rows, y, end);
@@ -126,10 +122,7 @@ template <class A, class T> struct Forward {
         pack_keys_transposed<A, T>(plan, k, packed, grid.columns.size, a.dim, &s.keys[plan.slot(packed) * plan.key_row]);
         pack_keys<A, T>(plan, v, packed, grid.columns.size, a.dim, &s.values[plan.slot(packed) * plan.value_row]);
       }
-      const bool last = y + kStrip >= end;
-      const ClassGrid& ahead_grid = last ? next_grid : grid;
-      const Ahead ahead = last ? ahead_of(next_grid.rows, next_begin, next_grid.rows.size, next_grid.rows.first(next_begin))
-                               : ahead_of(grid.rows, y + kStrip, end, packed);
+      const Ahead<T> ahead = y + kStrip < end ? Ahead<T>(a, grid, y + kStrip, end, packed) : Ahead<T>(a, next.grid, next.begin, next.end);
       for (int64_t t = 0; t < s.tiles.count; ++t) {
         const Tile& tile = s.tiles.tile[t];
         for (int r = 0; r < strip.count; ++r) {
@@ -138,13 +131,13 @@ template <class A, class T> struct Forward {
         }
         score_tile(plan, strip, tile, s.tiles.inside_of(plan, t), a.extra, a.dim, s.extra_keys.data(), s.keys.data(), s.q.data(),
                    s.scores.data(), A(-INFINITY));
-        finish(grid, strip, tile, ahead_grid, ahead, s);
+        finish(grid, strip, tile, ahead, s);
       }
     }
   }
 
   // One tile of a strip: weights and lse from the scores, then the weighted sums of the values.
-  void finish(const ClassGrid& grid, const Strip& strip, const Tile& tile, const ClassGrid& ahead_grid, const Ahead& ahead, Scratch& s) {
+  void finish(const ClassGrid& grid, const Strip& strip, const Tile& tile, const Ahead<T>& ahead, Scratch& s) {
     constexpr int64_t L = lanes<A>;
     alignas(64) A zeros[L] = {}, inverse[kStrip][L], lse[L];
     for (int r = 0; r < strip.count; ++r) {
@@ -160,24 +153,15 @@ template <class A, class T> struct Forward {
       for (int64_t x = tile.begin; x < tile.end; ++x) to[x * a.dilation_x] = lse[x - tile.begin];
     }
     const Tokens<T> out(a.out, dense_strides(a), a, grid);
-    const Tokens<const T> q(a.q, a.q_strides, a, ahead_grid), k(a.k, a.k_strides, a, ahead_grid), v(a.v, a.v_strides, a, ahead_grid);
     for (int64_t x = tile.begin; x < tile.end; ++x) {
-      if (x < ahead_grid.columns.size) {
-        prefetch(q, ahead.y, ahead.end_y, x, a.dim);
-        prefetch(k, ahead.row, ahead.end_row, x, a.dim);
-        prefetch(v, ahead.row, ahead.end_row, x, a.dim);
-      }
+      ahead.queries(ahead.q, x);
+      ahead.keys(ahead.k, x);
+      ahead.keys(ahead.v, x);
       const Span span = span_of<A>(grid.columns, tile, x);
       each_block(plan, [&](auto vectors, int64_t d) {
         const auto put = [&](int r, int u, vec<A> sum) __attribute__((always_inline)) {
-          if (r >= strip.count) return;
-          T* to = out.at(strip.begin + r, x);
-          sum *= broadcast<A>(inverse[r][span.lane]);
-          if (streamed) {
-            store_streaming(to + d + u * L, sum);
-          } else {
-            store_head<A>(to, d + u * L, a.dim, sum);
-          }
+          const vec<A> factor = broadcast<A>(inverse[r][span.lane]);
+          if (r < strip.count) store_head<A>(out.at(strip.begin + r, x), d + u * L, a.dim, sum * factor, streamed);
         };
         weighted_vectors<decltype(vectors)::value>(plan, strip, tile, span, a.extra, &s.extra_values[d], &s.values[d],
                                                    s.scores.data(), put);

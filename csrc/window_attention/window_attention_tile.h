@@ -155,21 +155,29 @@ inline Strip strip_from(const WindowAxis& rows, int64_t begin, int64_t limit) {
   return s;
 }
 
-// The rows that a strip has to read beside those that are packed: queries [y, end_y), keys [row, end_row).
-struct Ahead { int64_t y, end_y, row, end_row; };
+// What the strip at query row `y` has to read: its queries (and d_out), and the rows of keys and values from `packed` on.
+// Tokens are often pages apart, where no hardware prefetcher follows.
+template <class T> struct Ahead {
+  Tokens<const T> q, k, v, d_out;
+  int64_t columns, bytes, y, end, row, end_row;
 
-inline Ahead ahead_of(const WindowAxis& rows, int64_t y, int64_t limit, int64_t packed) {
-  const int64_t end = smaller(y + kStrip, limit);
-  return {y, end, packed, y < end ? rows.end(end - 1) : packed};
-}
+  Ahead(const WindowAttentionArgs& a, const ClassGrid& grid, int64_t y, int64_t limit, int64_t packed)
+      : q(a.q, a.q_strides, a, grid), k(a.k, a.k_strides, a, grid), v(a.v, a.v_strides, a, grid),
+        d_out(a.d_out, a.d_out_strides, a, grid), columns(grid.columns.size), bytes(a.dim * int64_t(sizeof(T))), y(y),
+        end(smaller(y + kStrip, limit)), row(packed), end_row(y < end ? grid.rows.end(end - 1) : packed) {}
+  Ahead(const WindowAttentionArgs& a, const ClassGrid& grid, int64_t y, int64_t limit)
+      : Ahead(a, grid, y, limit, grid.rows.first(y)) {}
 
-// Asks for column x of rows [row, end) : tokens are often pages apart, where no hardware prefetcher follows.
-template <class T> inline void prefetch(const Tokens<const T>& tokens, int64_t row, int64_t end, int64_t x, int64_t dim) {
-  for (; row < end; ++row) {
-    const char* p = reinterpret_cast<const char*>(tokens.at(row, x));
-    for (int64_t at = 0; at < dim * int64_t(sizeof(T)); at += 64) __builtin_prefetch(p + at, 0, 2);
+  // column x of rows [row, end)
+  void rows(const Tokens<const T>& tokens, int64_t row, int64_t end, int64_t x) const {
+    for (; x < columns && row < end; ++row) {
+      const char* p = reinterpret_cast<const char*>(tokens.at(row, x));
+      for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(p + at, 0, 2);
+    }
   }
-}
+  void queries(const Tokens<const T>& tokens, int64_t x) const { rows(tokens, y, end, x); }
+  void keys(const Tokens<const T>& tokens, int64_t x) const { rows(tokens, row, end_row, x); }
+};
 
 // ---- packing
 
@@ -183,12 +191,20 @@ template <class A, class T> inline void pack_row(const T* x, A* out, int64_t dim
 }
 
 // The vector at element d of a head of `dim` elements, or what the head has of it.
-template <class A, class T> inline void store_head(T* to, int64_t d, int64_t dim, vec<A> v) {
-  if (d + lanes<A> <= dim) {
+template <class A, class T> inline void store_head(T* to, int64_t d, int64_t dim, vec<A> v, bool streamed) {
+  if (streamed) {
+    store_streaming(to + d, v);
+  } else if (d + lanes<A> <= dim) {
     store(to + d, v);
   } else {
     store(to + d, v, int(dim - d));
   }
+}
+
+// Whether a result is written past the caches: where it is large, and its heads are whole lines.
+template <class T> inline bool streams(const WindowAttentionArgs& a, const void* out) {
+  const int64_t head = a.dim * int64_t(sizeof(T)), bytes = a.frames * a.height * a.width * a.heads * head;
+  return bytes >= int64_t(4) << 20 && head % 64 == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
 }
 
 inline constexpr bool within(int, Full) { return true; }
