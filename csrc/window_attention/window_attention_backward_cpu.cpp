@@ -143,7 +143,7 @@ template <class A, class T> struct Backward {
           pack_transposed<A, T>(q.at(y + r, tile.begin), q.column, columns, a.dim, q_factor(), &s.q[r * strip_row], lanes<A>);
           pack_transposed<A, T>(d_out.at(y + r, tile.begin), d_out.column, columns, a.dim, A(1), &s.d_out[r * strip_row], lanes<A>);
         }
-        const A* inside = s.tiles.inside_of(plan, t);
+        const A* inside = s.tiles.inside(t);
         score_tile(plan, strip, tile, inside, a.extra, a.dim, s.extra_keys.data(), s.keys.data(), s.q.data(), s.scores.data(),
                    A(-INFINITY));
         score_tile(plan, strip, tile, inside, a.extra, a.dim, s.extra_values.data(), s.values.data(), s.d_out.data(),

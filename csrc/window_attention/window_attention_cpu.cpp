@@ -129,7 +129,7 @@ template <class A, class T> struct Forward {
           pack_transposed<A, T>(q.at(y + r, tile.begin), q.column, tile.end - tile.begin, a.dim, A(a.scale * 1.4426950408889634),
                                 &s.q[r * a.dim * L], L);
         }
-        score_tile(plan, strip, tile, s.tiles.inside_of(plan, t), a.extra, a.dim, s.extra_keys.data(), s.keys.data(), s.q.data(),
+        score_tile(plan, strip, tile, s.tiles.inside(t), a.extra, a.dim, s.extra_keys.data(), s.keys.data(), s.q.data(),
                    s.scores.data(), A(-INFINITY));
         finish(grid, strip, tile, ahead, s);
       }

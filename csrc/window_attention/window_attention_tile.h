@@ -120,27 +120,36 @@ inline GridStrides dense_strides(const WindowAttentionArgs& a) {
   return {a.height * a.width * a.heads * a.dim, a.width * a.heads * a.dim, a.heads * a.dim, a.dim};
 }
 
-// The tiles of a class, and which lanes of them see a key at an offset: ones and zeros.
+// The tiles of a class, and which lanes of them see a key at an offset: ones and zeros. Tiles away from the border share ones.
 template <class A> struct Tiles {
-  int64_t count = 0, size = 0;
+  int64_t count = 0, size = 0, pattern;  // pattern: elements
   Buffer<Tile> tile;
-  Buffer<A> inside;  // [tile][plan.offsets][L]
+  Buffer<int64_t> slot;
+  Buffer<A> patterns;  // [slot][offset][L]
 
-  Tiles(const Plan<A>& plan) : tile(plan.tiles), inside(plan.tiles * plan.offsets * lanes<A>) {}
+  Tiles(const Plan<A>& plan)
+      : pattern(plan.offsets * lanes<A>), tile(plan.tiles), slot(plan.tiles),
+        patterns((1 + smaller(plan.tiles, 2 * (plan.offsets / plan.tile + 2))) * pattern) {
+    for (int64_t i = 0; i < pattern; ++i) patterns[i] = A(1);
+  }
 
   void set(const Plan<A>& plan, const WindowAxis& columns) {
     if (size == columns.size) return;
     size = columns.size;
     count = 0;
+    int64_t slots = 1;
     for (int64_t x = 0; x < size; x += plan.tile, ++count) {
       const Tile& t = tile[count] = tile_from(columns, x, plan.tile);
-      for (int64_t i = 0; i < t.offsets * lanes<A>; ++i) {
+      bool whole = true;
+      for (int64_t q = t.begin; q < t.end; ++q) whole = whole && columns.first(q) == q + t.low && columns.end(q) == q + t.low + t.offsets;
+      slot[count] = whole ? 0 : slots++;
+      for (int64_t i = 0; !whole && i < t.offsets * lanes<A>; ++i) {
         const int64_t query = x + i % lanes<A>, key = query + t.low + i / lanes<A>;
-        inside_of(plan, count)[i] = query < t.end && columns.first(query) <= key && key < columns.end(query) ? A(1) : A(0);
+        patterns[slot[count] * pattern + i] = query < t.end && columns.first(query) <= key && key < columns.end(query) ? A(1) : A(0);
       }
     }
   }
-  A* inside_of(const Plan<A>& plan, int64_t t) { return &inside[t * plan.offsets * lanes<A>]; }
+  const A* inside(int64_t t) { return &patterns[slot[t] * pattern]; }
 };
 
 // Rows [begin, begin + count) of queries and the key rows that each sees.
@@ -201,10 +210,10 @@ template <class A, class T> inline void store_head(T* to, int64_t d, int64_t dim
   }
 }
 
-// Whether a result is written past the caches: where it is large, and its heads are whole lines.
+// Whether a result is written past the caches: where it is large, and whole lines of it are made at a time.
 template <class T> inline bool streams(const WindowAttentionArgs& a, const void* out) {
   const int64_t head = a.dim * int64_t(sizeof(T)), bytes = a.frames * a.height * a.width * a.heads * head;
-  return bytes >= int64_t(4) << 20 && head % 64 == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
+  return kVectorBytes == 64 && bytes >= int64_t(4) << 20 && head % 64 == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
 }
 
 inline constexpr bool within(int, Full) { return true; }
@@ -256,13 +265,15 @@ template <int I> struct Int { static constexpr int value = I; };
 template <class A, class F>
 inline __attribute__((always_inline)) void each_key_row(const Plan<A>& plan, const Strip& strip, const Tile& tile, int64_t extra,
                                                         A* scores, F&& f) {
+  const int64_t step = tile.offsets * lanes<A>;
+  A* here[kStrip];
+  for (int r = 0; r < kStrip; ++r) here[r] = scores + r * plan.scores + extra * lanes<A> + (strip.first[0] - strip.first[r]) * step;
   int r0 = 0, r1 = 0;
   for (int64_t j = strip.first[0]; j < strip.end[strip.count - 1]; ++j) {
     while (r1 < strip.count && strip.first[r1] <= j) ++r1;
     while (strip.end[r0] <= j) ++r0;
-    A* here[kStrip];
-    for (int r = 0; r < kStrip; ++r) here[r] = scores + r * plan.scores + (extra + (j - strip.first[r]) * tile.offsets) * lanes<A>;
     f(r0, r1, j, here);
+    for (int r = 0; r < kStrip; ++r) here[r] += step;
   }
 }
 
