@@ -40,7 +40,8 @@ bool supported(Isa isa) {
     case Isa::avx2: return avx2;
     case Isa::avx512: return avx512;
     case Isa::avx512_bf16: return avx512 && __builtin_cpu_supports("avx512bf16");
-    case Isa::amx_bf16: return avx512 && __builtin_cpu_supports("avx512bf16") && amx_granted();
+    case Isa::amx_bf16:
+      return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") && amx_granted();
   }
 #endif
   return isa == Isa::baseline;

@@ -24,10 +24,10 @@ inline void weigh_queries(typename M::A* scores, const typename M::A* deltas, in
   for (int j = 0; j < M::kVectors; ++j) {
     const int at = j * lanes<A>;
     vec<A> sum = {};
-    const Power<A> power(load<A>(largest + at), c);
+    const vec<A> m = load<A>(largest + at);
     for (int64_t r = 0; r < count; ++r) {
       A* score = scores + r * kLanes<M> + at;
-      const vec<A> p = M::power(power.of(load<A>(score))) * load<A>(factor + at);
+      const vec<A> p = weight<M>(load<A>(score), m, c) * load<A>(factor + at);
       store(score, p);
       sum += p * load<A>(deltas + r * kLanes<M> + at);
     }
@@ -64,8 +64,7 @@ inline void weigh_keys(const typename M::A* scores, const typename M::A* deltas,
       vec<A> p[M::pair] = {}, t[M::pair] = {};
       for (int i = 0; i < M::pair && r + i < count; ++i) {
         const int64_t row = (r + i) * kLanes<M> + at;
-        const Power<A> power(broadcast<A>(stats.largest[r + i]), c);
-        p[i] = M::power(power.of(load<A>(scores + row))) * broadcast<A>(stats.factor[r + i]);
+        p[i] = weight<M>(load<A>(scores + row), broadcast<A>(stats.largest[r + i]), c) * broadcast<A>(stats.factor[r + i]);
         t[i] = p[i] * (load<A>(deltas + row) - broadcast<A>(stats.delta[r + i]));
       }
       M::put(weights_p + r / M::pair * kLanes<M> + at, p);

@@ -41,7 +41,7 @@ inline void follow(const typename M::A* scores, int64_t count, int64_t channels,
     const vec<A> largest = max(max(most[0], most[1]), max(most[2], most[3])), before = load<A>(maxima + at);
     const auto lags = (largest - before) * broadcast<A>(c) > broadcast<A>(A(8));
     if (!any(lags)) continue;
-    const vec<A> m = lags ? largest : before, shrink = exp2((before - m) * broadcast<A>(c));
+    const vec<A> m = lags ? M::near(largest, c) : before, shrink = exp2((before - m) * broadcast<A>(c));
     store(maxima + at, m);
     store(totals + at, load<A>(totals + at) * shrink);
     for (int64_t e = 0; e < channels; ++e) store(sums + e * kLanes<M> + at, load<A>(sums + e * kLanes<M> + at) * shrink);
@@ -55,12 +55,17 @@ inline void weigh(const typename M::A* scores, int64_t count, typename M::A c, t
   using A = typename M::A;
   A* totals = state + kLanes<M>;
   for (int64_t at = 0; at < kLanes<M>; at += lanes<A>) {
+    const vec<A> m = load<A>(state + at);
     vec<A> total = {};
-    const Power<A> power(load<A>(state + at), c);
+    if constexpr (M::kStep > 1) {
+      total = M::weigh(scores + at, count, m, c, weights + at);
+      store(totals + at, load<A>(totals + at) + total);
+      continue;
+    }
     for (int64_t r = 0; r < steps_of<M>(count) * M::pair; r += M::pair) {
       vec<A> p[M::pair] = {};
       for (int i = 0; i < M::pair && r + i < count; ++i) {
-        p[i] = M::power(power.of(load<A>(scores + (r + i) * kLanes<M> + at)));
+        p[i] = weight<M>(load<A>(scores + (r + i) * kLanes<M> + at), m, c);
         total += p[i];
       }
       M::put(weights + r / M::pair * kLanes<M> + at, p);

@@ -4,9 +4,12 @@
 // shapes    a mode's sizes: kRows rows by kLanes = kVectors vectors of lanes are multiplied at a time; steps (of `pair` numbers
 //           each) come in multiples of kStep
 // work      AMX: 2 x 2 tiles of 16 x 16 sums; a tile of rows is 16 rows of 16 steps, which lie side by side in memory
-// numerics  pairs of bf16 are multiplied exactly and added in float; AMX takes numbers below 2^-126 for zero
+// numerics  pairs of bf16 are multiplied exactly and added in float; AMX takes numbers below 2^-126 for zero. Its weights are
+//           made in 16 bits: exponents to 1/128, then bf16, off by 1/150 at most; forward and backward use the same
 // limits    tiles have to be configured in each thread (Session)
 #pragma once
+#include <math.h>
+
 #include "common/buffer.h"
 #include "common/simd.h"
 #include "cross_attention/cross_attention.h"
@@ -69,6 +72,7 @@ template <class T> struct Plain {
   static Unit negative(Unit x) { return -x; }
   static vec<A> madd(vec<A> sum, Units lane, Unit row) { return sum + lane * broadcast<A>(row); }
   static vec<A> power(vec<A> x) { return exp2(x); }
+  static vec<A> near(vec<A> m, A) { return m; }
   static void put(Unit* p, const vec<A>* x) { store(p, x[0]); }
 };
 
@@ -99,6 +103,7 @@ struct Dot {
     return (vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)lane, (__m512bh)_mm512_set1_epi32(int(row)));
   }
   static vec<float> power(vec<float> x) { return exp2_coarse(x); }
+  static vec<float> near(vec<float> m, float) { return m; }
   // lanes of two neighbouring rows to units
   static void put(Unit* p, const vec<float>* x) {
     const __m512i order = (__m512i)(Units){0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006, 0x170007,
@@ -110,6 +115,16 @@ struct Dot {
 #endif
 
 #ifdef __AMX_BF16__
+// 2^f, read as the bits of a bf16, lies so much below 1 + f: by the seven bits of f.
+struct Below {
+  alignas(64) uint8_t at[128];
+  constexpr Below() : at() {
+    double power = 1.;
+    for (int i = 0; i < 128; ++i, power *= 1.0054299011128028) at[i] = uint8_t(i - int(128. * (power - 1.) + 0.5));
+  }
+};
+constexpr Below kBelow;
+
 // Packed rows: [tile of kRows][kStep steps][kRows][kStep] units.
 struct Amx : Dot {
   static constexpr int kVectors = 2, kRows = 32;
@@ -124,6 +139,50 @@ struct Amx : Dot {
     }
     ~Session() { _tile_release(); }
   };
+
+  // m, so that c m is a multiple of 1/128: 2^(c (m - m)) is 1
+  static vec<float> near(vec<float> m, float c) {
+    const vec<float> k = (vec<float>)_mm512_roundscale_ps((__m512)(m * broadcast<float>(128.f * c)), _MM_FROUND_TO_NEAREST_INT);
+    return k / broadcast<float>(128.f * c);
+  }
+
+  // 2^(c (x - m)) in bf16 by integers: k = 128 (c (x - m) + 127), rounded, are its bits but for kBelow. NaN stays NaN.
+  struct Weights {
+    static constexpr float kMagic = 0x1.8p23f;  // adding it leaves k in the low bits
+    const __m512i low = _mm512_load_si512(kBelow.at), high = _mm512_load_si512(kBelow.at + 64);
+    vec<float> c, shift;
+    Weights(vec<float> m, float factor) : c(broadcast<float>(128.f * factor)), shift(broadcast<float>(kMagic + 127 * 128) - m * c) {}
+    __m512i bits(vec<float> x) const {
+      const __m512 k = _mm512_max_ps(_mm512_set1_ps(kMagic), (__m512)(x * c + shift));
+      return (__m512i)_mm512_min_ps(k, _mm512_set1_ps(kMagic + 0x7fc0));  // (of a NaN: its second operand)
+    }
+    vec<float> of(vec<float> x) const {
+      const __m512i k = bits(x), p = _mm512_sub_epi16(k, _mm512_maskz_permutex2var_epi8(0x1111111111111111u, low, k, high));
+      return (vec<float>)_mm512_slli_epi32(p, 16);
+    }
+    // of two rows, as units
+    __m512i of(vec<float> x, vec<float> y) const {
+      const __m512i k = _mm512_mask_blend_epi16(0xaaaaaaaau, bits(x), _mm512_slli_epi32(bits(y), 16));
+      return _mm512_sub_epi16(k, _mm512_maskz_permutex2var_epi8(0x5555555555555555u, low, k, high));
+    }
+  };
+
+  // weights of `count` scores a lane, zeros from there on to a whole step; their sum
+  static vec<float> weigh(const float* scores, int64_t count, vec<float> m, float c, Unit* weights) {
+    constexpr int64_t kLanes = 32;
+    const Weights w(m, c);
+    const __m512bh ones = (__m512bh)_mm512_set1_epi32(0x3f803f80);
+    __m512 total = {};
+    int64_t r = 0;
+    for (; r < count; r += 2, weights += kLanes) {
+      const float* x = scores + r * kLanes;
+      const __m512i p = w.of(load<float>(x), r + 1 < count ? load<float>(x + kLanes) : broadcast<float>(-INFINITY));
+      total = _mm512_dpbf16_ps(total, (__m512bh)p, ones);
+      _mm512_storeu_si512(weights, p);
+    }
+    for (; r < pieces(count, 2 * kStep) * 2 * kStep; r += 2, weights += kLanes) _mm512_storeu_si512(weights, __m512i{});
+    return (vec<float>)total;
+  }
 
   template <bool kAdd> static void product(const Unit* rows, const Unit* lane, int64_t steps, float* out) {
     constexpr int64_t kLanes = 32, kBytes = kLanes * 4, kTile = 16 * kLanes;

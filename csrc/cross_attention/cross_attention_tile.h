@@ -163,6 +163,12 @@ template <class A> struct Power {
 #endif
 };
 
+// 2^(c (x - m))
+template <class M, class A = typename M::A> inline vec<A> weight(vec<A> x, vec<A> m, A c) {
+  if constexpr (M::kStep > 1) return typename M::Weights(m, c).of(x);
+  else return M::power(Power<A>(m, c).of(x));
+}
+
 // scores[r][l] for the first `count` rows (rounded up to kRows) of packed tokens
 template <class M>
 inline void score(const typename M::Unit* rows, const typename M::Unit* lane, int64_t count, int64_t steps,

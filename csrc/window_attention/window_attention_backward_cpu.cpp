@@ -19,24 +19,38 @@ namespace {
 template <class A, class T> struct Backward {
   const WindowAttentionArgs& a;
   const Plan<A> plan;
-  int64_t classes, tasks, width;  // width: columns of the widest class, padded to what a line may overhang
+  int64_t classes, tasks;
   A *sums_k = nullptr, *sums_v = nullptr;  // where bands of one class meet: like d_k and d_v, dense
+  bool stream_q, stream_k, stream_v;
   A* extra_sums = nullptr;                 // [frame][head][class][band][k, v][extra][dim]
 
   Backward(const WindowAttentionArgs& a)
       : a(a), plan(a, true), classes(plan.classes_y * plan.classes_x), tasks(a.frames * a.heads * classes * plan.bands),
-        width(class_size(a.width, a.dilation_x, 0)) {}
+        stream_q(streams<T>(a, a.d_q)), stream_k(plan.bands == 1 && streams<T>(a, a.d_k)),
+        stream_v(plan.bands == 1 && streams<T>(a, a.d_v)) {}
 
   struct Scratch {
-    Buffer<A> keys, values, plain_keys, extra_keys, extra_values, extra_plain_keys, q, d_out, scores, d_scores, sums, d_k, d_v;
-    LaneMasks<A> masks;
-    Scratch(const Plan<A>& p, int64_t extra, int64_t width)
-        : keys(p.dim * (p.band_keys + kStrip) * p.line), values(p.dim * (p.band_keys + kStrip) * p.line),
-          plain_keys(p.band_keys * p.line * p.dim), extra_keys(p.dim * p.extra), extra_values(p.dim * p.extra),
-          extra_plain_keys(p.extra * p.dim), q(p.columns * kStrip * p.dim), d_out(p.columns * kStrip * p.dim),
-          scores(p.columns * kStrip * p.scores), d_scores(p.columns * kStrip * p.scores), sums(kStrip * p.dim),
-          d_k(p.band_keys * width * p.dim), d_v(p.band_keys * width * p.dim), masks(p, extra) {}
+    Buffer<A> keys, values, plain_keys, extra_keys, extra_values, q, d_out, heads, scores, d_scores, d_k, d_v;
+    Tiles<A> tiles;
+    Scratch(const Plan<A>& p, const WindowAttentionArgs& a)
+        : keys(p.ring * p.key_row), values(p.ring * p.key_row), plain_keys(p.ring * p.value_row), extra_keys(a.extra * p.dim),
+          extra_values(a.extra * p.dim), q(kStrip * a.dim * lanes<A>), d_out(kStrip * a.dim * lanes<A>), heads(kStrip * p.dim),
+          scores(kStrip * p.scores), d_scores(kStrip * p.scores), d_k(p.band_keys * p.value_row),
+          d_v(p.band_keys * p.value_row), tiles(p) {
+      for (Buffer<A>* packed : {&keys, &values}) memset(packed->data(), 0, size_t(p.ring * p.key_row) * sizeof(A));
+      memset(heads.data(), 0, size_t(kStrip * p.dim) * sizeof(A));
+    }
   };
+
+  // A band of query rows, and its sums for the extra tokens.
+  struct Task { ClassGrid grid; int64_t begin, end; A* partial; };
+
+  Task task_of(int64_t i, int64_t bands, int64_t parity) const {
+    const int64_t band = i % bands * 2 + parity, cls = i / bands % classes, group = i / bands / classes, begin = band * plan.band;
+    const ClassGrid grid(a, group / a.heads, group % a.heads, cls / plan.classes_x, cls % plan.classes_x);
+    A* partial = extra_sums + ((group * classes + cls) * plan.bands + band) * 2 * a.extra * plan.dim;
+    return {grid, begin, smaller(begin + plan.band, grid.rows.size), partial};
+  }
 
   void run() {
     const bool shared = plan.bands > 1 && sizeof(T) != sizeof(A);
@@ -60,19 +74,19 @@ template <class A, class T> struct Backward {
         delete[] scratch;
       }
     } free{scratch, threads};
-    for (int t = 0; t < threads; ++t) scratch[t] = new Scratch(plan, a.extra, width);  // here: nothing may throw in there
+    for (int t = 0; t < threads; ++t) scratch[t] = new Scratch(plan, a);  // here: nothing may throw in there
     for (int64_t parity = 0; parity < (plan.bands > 1 ? 2 : 1); ++parity) {
       const int64_t bands = (plan.bands - parity + 1) / 2;
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-      for (int64_t task = 0; task < a.frames * a.heads * classes * bands; ++task) {
-        const int64_t band = task % bands * 2 + parity, cls = task / bands % classes, group = task / bands / classes;
-        const ClassGrid grid(a, group / a.heads, group % a.heads, cls / plan.classes_x, cls % plan.classes_x);
-        A* partial = extra_sums + ((group * classes + cls) * plan.bands + band) * 2 * a.extra * plan.dim;
-        for (int64_t i = 0; i < 2 * a.extra * plan.dim; ++i) partial[i] = A(0);
-        const int64_t begin = band * plan.band;
-        if (begin < grid.rows.size) {
-          differentiate(grid, begin, smaller(begin + plan.band, grid.rows.size), partial, *scratch[omp_get_thread_num()]);
+      const int64_t round = a.frames * a.heads * classes * bands;
+#pragma omp parallel num_threads(threads)
+      {
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < round; ++i) {
+          const Task task = task_of(i, bands, parity), next = task_of(smaller(i + 1, round - 1), bands, parity);
+          for (int64_t e = 0; e < 2 * a.extra * plan.dim; ++e) task.partial[e] = A(0);
+          if (task.begin < task.end) differentiate(task, next, *scratch[omp_get_thread_num()]);
         }
+        stream_fence();
       }
     }
     if (shared) {
@@ -98,98 +112,115 @@ template <class A, class T> struct Backward {
     }
   }
 
-  void differentiate(const ClassGrid& grid, int64_t begin, int64_t end, A* partial, Scratch& s) {
+  // `next`: the task that most often follows
+  void differentiate(const Task& task, const Task& next, Scratch& s) {
+    const ClassGrid& grid = task.grid;
+    const int64_t begin = task.begin, end = task.end;
     const Tokens<const T> q(a.q, a.q_strides, a, grid), k(a.k, a.k_strides, a, grid), v(a.v, a.v_strides, a, grid),
         d_out(a.d_out, a.d_out_strides, a, grid);
-    const Tokens<T> d_q(a.d_q, dense_strides(a), a, grid);
     const int64_t key_row = grid.rows.first(begin), key_rows = grid.rows.end(end - 1) - key_row;
     if (a.extra) {
-      pack_extra<A, T>(plan, a.extra_k, a.extra_k_strides, a, grid.frame, grid.head, s.extra_keys.data(), s.extra_plain_keys.data());
-      pack_extra<A, T>(plan, a.extra_v, a.extra_v_strides, a, grid.frame, grid.head, s.extra_values.data(), nullptr);
+      pack_extra<A, T>(plan, a.extra_k, a.extra_k_strides, a, grid.frame, grid.head, s.extra_keys.data());
+      pack_extra<A, T>(plan, a.extra_v, a.extra_v_strides, a, grid.frame, grid.head, s.extra_values.data());
     }
-    for (int64_t i = 0; i < key_rows * width * plan.dim; ++i) s.d_k[i] = s.d_v[i] = A(0);
-    Tile tile;
-    for (int64_t x0 = 0; x0 < grid.columns.size; x0 = tile.end) {
-      tile = tile_from(grid.columns, x0, plan.line, plan.columns);
-      const int64_t keys = grid.columns.end(tile.end - 1) - tile.first_key;
-      pack_keys_transposed<A, T>(plan, k, key_row, key_rows, tile.first_key, keys, a.dim, s.keys.data());
-      pack_keys_transposed<A, T>(plan, v, key_row, key_rows, tile.first_key, keys, a.dim, s.values.data());
-      pack_keys<A, T>(plan, k, key_row, key_rows, tile.first_key, keys, a.dim, s.plain_keys.data());
-      for (int64_t x = tile.begin; x < tile.end; ++x) s.masks.set(x - tile.begin, span_of(plan, grid.columns, tile, x));
-      for (int64_t y = begin; y < end;) {
-        const Strip strip = strip_from(grid.rows, y, end);
-        for (int64_t x = tile.begin; x < tile.end; ++x) {
-          for (int r = 0; r < strip.count; ++r) {
-            const int64_t at = ((x - tile.begin) * kStrip + r) * plan.dim;
-            pack_row(q.at(y + r, x), &s.q[at], a.dim, plan.dim, A(a.scale * 1.4426950408889634));
-            pack_row(d_out.at(y + r, x), &s.d_out[at], a.dim, plan.dim, A(1));
-          }
+    s.tiles.set(plan, grid.columns);
+    memset(s.d_k.data(), 0, size_t(key_rows * plan.value_row) * sizeof(A));
+    memset(s.d_v.data(), 0, size_t(key_rows * plan.value_row) * sizeof(A));
+    int64_t packed = key_row;
+    for (int64_t y = begin; y < end; y += kStrip) {
+      const Strip strip = strip_from(grid.rows, y, end);
+      for (; packed < strip.end[strip.count - 1]; ++packed) {
+        const int64_t slot = plan.slot(packed), columns = grid.columns.size;
+        pack_keys_transposed<A, T>(plan, k, packed, columns, a.dim, &s.keys[slot * plan.key_row]);
+        pack_keys_transposed<A, T>(plan, v, packed, columns, a.dim, &s.values[slot * plan.key_row]);
+        pack_keys<A, T>(plan, k, packed, columns, a.dim, &s.plain_keys[slot * plan.value_row]);
+      }
+      const Ahead<T> ahead = y + kStrip < end ? Ahead<T>(a, grid, y + kStrip, end, packed) : Ahead<T>(a, next.grid, next.begin, next.end);
+      for (int64_t t = 0; t < s.tiles.count; ++t) {
+        const Tile& tile = s.tiles.tile[t];
+        const int64_t columns = tile.end - tile.begin, strip_row = a.dim * lanes<A>;
+        for (int r = 0; r < strip.count; ++r) {
+          pack_transposed<A, T>(q.at(y + r, tile.begin), q.column, columns, a.dim, q_factor(), &s.q[r * strip_row], lanes<A>);
+          pack_transposed<A, T>(d_out.at(y + r, tile.begin), d_out.column, columns, a.dim, A(1), &s.d_out[r * strip_row], lanes<A>);
         }
-        score_tile(plan, grid.columns, tile, strip, key_row, a.dim, s.keys.data(), s.extra_keys.data(), s.q.data(), s.scores.data());
-        score_tile(plan, grid.columns, tile, strip, key_row, a.dim, s.values.data(), s.extra_values.data(), s.d_out.data(),
-                   s.d_scores.data());
-        for (int64_t x = tile.begin; x < tile.end; ++x) finish(grid, tile, strip, x, key_row, d_q, partial, s);
-        y += strip.count;
+        const A* inside = s.tiles.inside(t);
+        score_tile(plan, strip, tile, inside, a.extra, a.dim, s.extra_keys.data(), s.keys.data(), s.q.data(), s.scores.data(),
+                   A(-INFINITY));
+        score_tile(plan, strip, tile, inside, a.extra, a.dim, s.extra_values.data(), s.values.data(), s.d_out.data(),
+                   s.d_scores.data(), A(0));
+        finish(grid, strip, tile, key_row, q, d_out, ahead, task.partial, s);
       }
     }
-    keep(grid, begin, end, key_row, key_rows, s.d_k.data(), sums_k, a.d_k, A(0.6931471805599453));
-    keep(grid, begin, end, key_row, key_rows, s.d_v.data(), sums_v, a.d_v, A(1));
+    keep(grid, begin, end, key_row, key_rows, s.d_k.data(), sums_k, a.d_k, A(0.6931471805599453), stream_k);
+    keep(grid, begin, end, key_row, key_rows, s.d_v.data(), sums_v, a.d_v, A(1), stream_v);
   }
 
-  // One query column of a strip: p and ds from the scores, then the three sums over them.
-  void finish(const ClassGrid& grid, const Tile& tile, const Strip& strip, int64_t x, int64_t key_row, const Tokens<T>& d_q,
-              A* partial, Scratch& s) {
-    const Span span = span_of(plan, grid.columns, tile, x);
-    const int64_t column = x - tile.begin;
-    A *scores = &s.scores[column * kStrip * plan.scores], *d_scores = &s.d_scores[column * kStrip * plan.scores];
-    A *q = &s.q[column * kStrip * plan.dim], *d_out = &s.d_out[column * kStrip * plan.dim];
-    A total[kStrip];
+  A q_factor() const { return A(a.scale * 1.4426950408889634); }
+
+  // One tile of a strip: p and ds from the scores, then the three sums over them.
+  void finish(const ClassGrid& grid, const Strip& strip, const Tile& tile, int64_t key_row, const Tokens<const T>& q,
+              const Tokens<const T>& d_out, const Ahead<T>& ahead, A* partial, Scratch& s) {
+    constexpr int64_t L = lanes<A>;
+    alignas(64) A inverse[kStrip][L];
     for (int r = 0; r < strip.count; ++r) {
-      const int64_t row = (strip.begin + r) * a.dilation_y + grid.y, col = x * a.dilation_x + grid.x;
-      const int64_t rows = strip.end[r] - strip.first[r], behind = d_scores - scores;
-      const A lse = static_cast<const A*>(a.lse)[((grid.frame * a.heads + grid.head) * a.height + row) * a.width + col];
-      const vec<A> shift = broadcast<A>(lse * A(1.4426950408889634));
-      vec<A> sum = {}, product = {};
-      each_score(plan, s.masks, column, scores + r * plan.scores, rows, [&](A* score, mask<A> inside) __attribute__((always_inline)) {
-        const vec<A> p = inside ? exp2(load<A>(score) - shift) : vec<A>{};
-        store(score, p);
-        sum += p;
-        product += inside ? p * load<A>(score + behind) : vec<A>{};
-      });
-      total[r] = reduce_add(sum);
-      if (a.border == WindowBorder::zero) {
-        total[r] += A(double(a.window_y) * double(a.window_x) - double(rows * span.count)) * exp2(-shift)[0];
+      const int64_t rows = strip.end[r] - strip.first[r], row = (strip.begin + r) * a.dilation_y + grid.y;
+      const A* lse = static_cast<const A*>(a.lse) + ((grid.frame * a.heads + grid.head) * a.height + row) * a.width + grid.x;
+      alignas(64) A lane[L] = {}, zeros[L] = {};
+      for (int64_t x = tile.begin; x < tile.end; ++x) {
+        lane[x - tile.begin] = lse[x * a.dilation_x];
+        const int64_t seen = rows * (grid.columns.end(x) - grid.columns.first(x));
+        if (a.border == WindowBorder::zero) zeros[x - tile.begin] = A(double(a.window_y) * double(a.window_x) - double(seen));
       }
-      const vec<A> delta = broadcast<A>(reduce_add(product) / total[r]);
-      each_score(plan, s.masks, column, scores + r * plan.scores, rows, [&](A* score, mask<A> inside) __attribute__((always_inline)) {
-        store(score + behind, inside ? load<A>(score) * (load<A>(score + behind) - delta) : vec<A>{});
-      });
-      const vec<A> inverse = broadcast<A>(A(1) / total[r]);
-      for (int64_t d = r * plan.dim; d < (r + 1) * plan.dim; d += lanes<A>) {
-        store(q + d, load<A>(q + d) * inverse);
-        store(d_out + d, load<A>(d_out + d) * inverse);
+      const vec<A> shift = load<A>(lane) * broadcast<A>(A(1.4426950408889634));
+      A *scores = &s.scores[r * plan.scores], *d_scores = &s.d_scores[r * plan.scores];
+      const int64_t size = (a.extra + rows * tile.offsets) * L;
+      vec<A> total = {}, product = {};
+      for (int64_t i = 0; i < size; i += L) {
+        const vec<A> score = load<A>(scores + i), d_score = load<A>(d_scores + i), p = exp2(score - shift);
+        store(scores + i, p);
+        total += p;
+        product += p * d_score;
       }
+      if (a.border == WindowBorder::zero) total += load<A>(zeros) * exp2(-shift);
+      const vec<A> delta = product / total;
+      for (int64_t i = 0; i < size; i += L) store(d_scores + i, load<A>(scores + i) * (load<A>(d_scores + i) - delta));
+      store(inverse[r], broadcast<A>(A(1)) / total);
     }
-    each_block(plan, [&](auto vectors, int64_t d) {
-      constexpr int N = decltype(vectors)::value;
-      weighted_vectors<N>(plan, strip, span, key_row, a.extra, &s.extra_plain_keys[d], &s.plain_keys[d], d_scores, &s.sums[d]);
-      // the tile's columns of the band's keys: line -> width
-      A *d_k = &s.d_k[tile.first_key * plan.dim + d], *d_v = &s.d_v[tile.first_key * plan.dim + d];
-      scatter_vectors<N>(plan, strip, span, key_row, a.extra, width, q + d, d_scores, partial + d, d_k);
-      scatter_vectors<N>(plan, strip, span, key_row, a.extra, width, d_out + d, scores, partial + a.extra * plan.dim + d, d_v);
-    });
-    for (int r = 0; r < strip.count; ++r) {
-      const vec<A> f = broadcast<A>(A(a.scale) / total[r]);
-      T* to = d_q.at(strip.begin + r, x);
-      int64_t d = 0;
-      for (; d + lanes<A> <= a.dim; d += lanes<A>) store(to + d, load<A>(&s.sums[r * plan.dim + d]) * f);
-      if (d < a.dim) store(to + d, load<A>(&s.sums[r * plan.dim + d]) * f, int(a.dim - d));
+    // a pass each, so that what neighbouring columns share stays in the first-level cache
+    const Tokens<T> d_q(a.d_q, dense_strides(a), a, grid);
+    for (int64_t x = tile.begin; x < tile.end; ++x) {
+      ahead.queries(ahead.q, x);
+      ahead.queries(ahead.d_out, x);
+      const Span span = span_of<A>(grid.columns, tile, x);
+      each_block(plan, [&](auto vectors, int64_t d) {
+        const auto put = [&](int r, int u, vec<A> sum) __attribute__((always_inline)) {
+          const vec<A> factor = broadcast<A>(A(a.scale) * inverse[r][span.lane]);
+          if (r < strip.count) store_head<A>(d_q.at(strip.begin + r, x), d + u * L, a.dim, sum * factor, stream_q);
+        };
+        weighted_vectors<decltype(vectors)::value>(plan, strip, tile, span, a.extra, &s.extra_keys[d], &s.plain_keys[d],
+                                                   s.d_scores.data(), put);
+      });
     }
+    const auto scatter = [&](const Tokens<const T>& queries, const Tokens<const T>& next_keys, A scale, A* scores, A* extra_target, A* target) {
+      for (int64_t x = tile.begin; x < tile.end; ++x) {
+        ahead.keys(next_keys, x);
+        const Span span = span_of<A>(grid.columns, tile, x);
+        for (int r = 0; r < strip.count; ++r) {
+          pack_row(queries.at(strip.begin + r, x), &s.heads[r * plan.dim], a.dim, plan.dim, inverse[r][span.lane] * scale);
+        }
+        each_block(plan, [&](auto vectors, int64_t d) {
+          scatter_vectors<decltype(vectors)::value>(plan, strip, tile, span, key_row, a.extra, &s.heads[d], scores, extra_target + d,
+                                                    target + d);
+        });
+      }
+    };
+    scatter(q, ahead.k, q_factor(), s.d_scores.data(), partial, s.d_k.data());
+    scatter(d_out, ahead.v, A(1), s.scores.data(), partial + a.extra * plan.dim, s.d_v.data());
   }
 
   // A band's key gradients to where they belong: rows that a band of the first round has stored are added to.
   void keep(const ClassGrid& grid, int64_t begin, int64_t end, int64_t key_row, int64_t key_rows, const A* band, A* sums, void* out,
-            A factor) const {
+            A factor, bool streamed) const {
     const bool odd = begin / plan.band % 2 == 1;
     const int64_t shared_until = odd ? grid.rows.end(begin - 1) : 0;
     const int64_t shared_from = odd && end < grid.rows.size ? grid.rows.first(end) : grid.rows.size;
@@ -197,22 +228,19 @@ template <class A, class T> struct Backward {
     for (int64_t j = key_row; j < key_row + key_rows; ++j) {
       const bool add = j < shared_until || j >= shared_from;
       for (int64_t x = 0; x < grid.columns.size; ++x) {
-        const A* from = band + ((j - key_row) * width + x) * plan.dim;
+        const A* from = band + (j - key_row) * plan.value_row + x * plan.dim;
         if (sums) {
-          keep_token(from, Tokens<A>(sums, dense_strides(a), a, grid).at(j, x), f, add);
+          keep_token(from, Tokens<A>(sums, dense_strides(a), a, grid).at(j, x), f, add, streamed);
         } else {
-          keep_token(from, Tokens<T>(out, dense_strides(a), a, grid).at(j, x), f, false);
+          keep_token(from, Tokens<T>(out, dense_strides(a), a, grid).at(j, x), f, false, streamed);
         }
       }
     }
   }
-  template <class To> void keep_token(const A* from, To* to, vec<A> f, bool add) const {
-    int64_t d = 0;
-    for (; d + lanes<A> <= a.dim; d += lanes<A>) store(to + d, load<A>(from + d) * f + (add ? load<A>(to + d) : vec<A>{}));
-    if (d < a.dim) {
-      const int n = int(a.dim - d);
-      store(to + d, load<A>(from + d) * f + (add ? load<A>(to + d, n) : vec<A>{}), n);
-    }
+  template <class To> void keep_token(const A* from, To* to, vec<A> f, bool add, bool streamed) const {
+    for_vectors<A>(a.dim, [&](int64_t d, auto n) __attribute__((always_inline)) {
+      store_head<A>(to, d, a.dim, load<A>(from + d) * f + (add ? load<A>(to + d, n) : vec<A>{}), streamed);
+    });
   }
 };
 
