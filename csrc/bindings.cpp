@@ -78,6 +78,15 @@ static void fourier_embed_binding(address x, address frequencies, address out, i
   FOURDPERF_LAUNCH(fourier_embed)(args);
 }
 
+#ifndef FOURDPERF_CUDA_MODULE
+static void fourier_embed_ones_binding(address x, address frequencies, address out, int dtype, int64_t rows, int64_t dims,
+                                       int64_t bands, address where) {
+  FourierArgs args = fourier_args(dtype, x, frequencies, rows, dims, bands, where);
+  args.out = pointer(out);
+  fourier_embed_ones_cpu(args);
+}
+#endif
+
 static void fourier_embed_backward_binding(address d_out, address x, address frequencies, address d_x, address d_frequencies,
                                            int dtype, int64_t rows, int64_t dims, int64_t bands, address workspace,
                                            address where) {
@@ -493,6 +502,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("vector_quantize", &vector_quantize_binding, nogil());
   m.def("code_sums", &code_sums_binding, nogil());
 #ifndef FOURDPERF_CUDA_MODULE
+  m.def("fourier_embed_ones", &fourier_embed_ones_binding, nogil());
   m.def("cross_attention", &cross_attention_binding, nogil());
   m.def("cross_attention_backward", &cross_attention_backward_binding, nogil());
 #endif

@@ -4,7 +4,7 @@
 // numerics  float: the product is exact (an FMA gives what rounding it loses), pi/2 in two parts: sin and cos are within
 //           2^-23 of those of the exact product of the two floats, for |x f| up to 2^17. double: the product is rounded as
 //           x * f always is; pi/2 in two parts, for |x f| up to 2^30. Beyond, Payne and Hanek's reduction: 2/pi to 1280 bits
-//           in integers, one lane at a time (about ten times slower, as accurate). No range is out of bounds: infinite
+//           in integers, one lane at a time (about ten times slower, as accurate; floats on AVX-512: in double, as vectors). No range is out of bounds: infinite
 //           or NaN arguments give NaN. sine_product and cosine_product, which work out one of the two, are within 2^-22.9.
 // limits    none; no local memory on a GPU
 #pragma once
@@ -190,6 +190,58 @@ __attribute__((noinline, cold)) void reduce_lanes(const A* x, const A* f, A* r, 
     quadrant[i] = typename bits_of<A>::type(q);
   }
 }
+
+#if defined(__AVX512F__)
+// 2/pi 2^(e - 47) mod 4, high + low: what a product in [2^e, 2^(e + 1)) of two floats, as a whole number of 48 bits, is
+// multiplied by.
+struct FarFactors {
+  static constexpr int first = 17, last = 255;
+  double high[last - first + 1]{}, low[last - first + 1]{};
+  constexpr FarFactors() {
+    constexpr uint64_t two_over_pi[] = {0xa2f9836e4e441529, 0xfc2757d1f534ddc0, 0xdb6295993c439041, 0xfe5163abdebbc561,
+                                        0xb7246e3a424dd2e0};
+    for (int e = first; e <= last; ++e) {
+      const int start = e > 49 ? e - 49 : 0;  // the first bit that does not make multiples of 4
+      uint64_t bits[2] = {};
+      for (int i = 0; i < 106; ++i) {
+        bits[i / 53] = bits[i / 53] << 1 | (two_over_pi[(start + i) / 64] >> (63 - (start + i) % 64) & 1);
+      }
+      double unit = 1;
+      for (int i = e - start; i < 100; ++i) unit /= 2;
+      high[e - first] = double(bits[0]) * unit;
+      low[e - first] = double(bits[1]) * (unit * 0x1p-53);
+    }
+  }
+};
+constexpr FarFactors kFarFactors;
+
+// The same for floats, eight lanes at a time in double; r to 2^-51.
+template <>
+__attribute__((noinline, cold)) void reduce_lanes<float>(const float* x, const float* f, float* r, uint32_t* quadrant) {
+  constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  for (int i = 0; i < lanes<float>; i += 8) {
+    const __m256 a = _mm256_loadu_ps(x + i), b = _mm256_loadu_ps(f + i);
+    const __m256 magnitude = _mm256_andnot_ps(_mm256_set1_ps(-0.f), _mm256_mul_ps(a, b));
+    const __mmask8 far = _mm256_cmp_ps_mask(magnitude, _mm256_set1_ps(Trig<float>::limit), _CMP_NLE_UQ);
+    const __m512d p = _mm512_mul_pd(_mm512_cvtps_pd(a), _mm512_cvtps_pd(b));
+    const __m512i bits = _mm512_castpd_si512(p), exponent = _mm512_srli_epi64(_mm512_slli_epi64(bits, 1), 53);
+    __m512i at = _mm512_sub_epi64(exponent, _mm512_set1_epi64(1023 + FarFactors::first));
+    at = _mm512_max_epi64(at, _mm512_setzero_si512());
+    at = _mm512_min_epi64(at, _mm512_set1_epi64(FarFactors::last - FarFactors::first));
+    const __m512d high = _mm512_i64gather_pd(at, kFarFactors.high, 8), low = _mm512_i64gather_pd(at, kFarFactors.low, 8);
+    const __m512i fraction = _mm512_andnot_si512(_mm512_set1_epi64(int64_t(0x7ff) << 52), bits);
+    const __m512d whole = _mm512_castsi512_pd(_mm512_or_si512(fraction, _mm512_set1_epi64(int64_t(1023 + 47) << 52)));
+    const __m512d turns = _mm512_mul_pd(whole, high), lost = _mm512_fmsub_pd(whole, high, turns);
+    const __m512d k = _mm512_roundscale_pd(turns, nearest);
+    const __m512d rest = _mm512_add_pd(_mm512_sub_pd(turns, k), _mm512_fmadd_pd(whole, low, lost));
+    const __m512d more = _mm512_roundscale_pd(rest, nearest), nan = _mm512_sub_pd(p, p);  // NaN if p is not finite
+    const __m512d angle = _mm512_fmadd_pd(_mm512_sub_pd(rest, more), _mm512_set1_pd(0x1.921fb54442d18p+0), nan);
+    _mm256_mask_storeu_ps(r + i, far, _mm512_cvtpd_ps(angle));
+    const __m512i q = _mm512_cvtpd_epi64(_mm512_add_pd(k, more));
+    _mm256_mask_storeu_epi32(quadrant + i, far, _mm512_cvtepi64_epi32(q));
+  }
+}
+#endif
 
 template <class A> inline void sincos_product(vec<A> x, vec<A> f, vec<A>& sine, vec<A>& cosine) {
   using U = typename bits_of<vec<A>>::type;

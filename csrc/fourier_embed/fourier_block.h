@@ -71,12 +71,12 @@ template <class A> struct Block {
     }
   }
 
-  // (rows, 2 D F): the sines of a row, then its cosines
-  template <class Y> void write(Y* out, int64_t rows) const {
+  // (rows, 2 D F) at distances of `width`: the sines of a row, then its cosines
+  template <class Y> void write(Y* out, int64_t rows, int64_t width) const {
     const int64_t n = angles->per_row;
     for (int64_t r = 0; r < rows; ++r) {
-      copy_row(sines + r * n, out + r * 2 * n, n);
-      copy_row(cosines + r * n, out + r * 2 * n + n, n);
+      copy_row(sines + r * n, out + r * width, n);
+      copy_row(cosines + r * n, out + r * width + n, n);
     }
   }
 

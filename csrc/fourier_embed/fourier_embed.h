@@ -16,7 +16,7 @@
 namespace fourdperf {
 
 struct FourierArgs {
-  const void *x, *frequencies;  // x: dtype; frequencies: f64 for f64, else f32
+  const void *x, *frequencies;  // x: dtype (fourier_embed_ones: as frequencies); frequencies: f64 for f64, else f32
   const void* d_out;            // backward: dtype
   void *out, *d_x;              // dtype
   void* d_frequencies;          // as frequencies
@@ -29,6 +29,7 @@ struct FourierArgs {
 };
 
 FOURDPERF_DECLARE_CPU(fourier_embed, FourierArgs)
+FOURDPERF_DECLARE_CPU(fourier_embed_ones, FourierArgs)  // rows of 2 D F + 1: a one behind the embedding
 FOURDPERF_DECLARE_CPU(fourier_embed_backward, FourierArgs)
 FOURDPERF_DECLARE_CPU(fourier_linear, FourierArgs)
 void fourier_embed_cuda(const FourierArgs& args);

@@ -34,7 +34,7 @@ template <bool stream, class X> void embed(const FourierArgs& a) {
       const int64_t row = b * angles.rows, rows = smaller(a.rows - row, angles.rows), count = rows * width;
       X* out = static_cast<X*>(a.out) + row * width;
       block.compute(static_cast<const X*>(a.x) + row * a.dims, rows);
-      block.write(stream ? mine : out, rows);
+      block.write(stream ? mine : out, rows, width);
       if constexpr (stream) {
         int64_t i = 0;
         for (; i + step <= count; i += step) store_streaming(out + i, load<A>(mine + i));
@@ -42,6 +42,26 @@ template <bool stream, class X> void embed(const FourierArgs& a) {
       }
     }
     if (stream) stream_fence();
+  }
+}
+
+// The embedding of wide coordinates, a one behind every row: that is for the bias.
+template <class Y> void embed_ones(const FourierArgs& a) {
+  using A = acc_t<Y>;
+  Angles<A> angles(a);
+  const int64_t width = 2 * angles.per_row + 1, blocks = (a.rows + angles.rows - 1) / angles.rows;
+  Buffer<A> scratch(a.threads * angles.scratch());
+#pragma omp parallel num_threads(a.threads)
+  {
+    const Block<A> block(angles, &scratch[omp_get_thread_num() * angles.scratch()]);
+#pragma omp for schedule(static)
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t row = b * angles.rows, rows = smaller(a.rows - row, angles.rows);
+      Y* out = static_cast<Y*>(a.out) + row * width;
+      block.compute(static_cast<const A*>(a.x) + row * a.dims, rows);
+      block.write(out, rows, width);
+      for (int64_t r = 1; r <= rows; ++r) out[r * width - 1] = from_float<Y>(1);
+    }
   }
 }
 
@@ -117,6 +137,11 @@ void fourier_embed(const FourierArgs& a) {
     }
     return embed<false, X>(a);
   });
+}
+
+void fourier_embed_ones(const FourierArgs& a) {
+  if (a.rows == 0) return;
+  with_dtype(a.dtype, [&](auto tag) { embed_ones<untag<decltype(tag)>>(a); });
 }
 
 void fourier_embed_backward(const FourierArgs& a) {

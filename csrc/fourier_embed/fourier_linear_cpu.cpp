@@ -3,7 +3,8 @@
 // maths     and shapes: see the header
 // work      the weight is packed once into panels of kVecs vectors of columns, k after k. A task is a block of rows: embed
 //           them, then for each panel multiply kRows rows at a time with all sums in registers. Large outputs bypass
-//           the caches. With AVX512-BF16 and a bf16 weight, embedding and weight are bf16 and sums float, as in torch.
+//           the caches. torch has the 16-bit layers done by fourier_embed_ones and its own products, where those are fast.
+//           With AVX512-BF16 and a bf16 weight, embedding and weight are bf16 and sums float, as in torch.
 // numerics  sums over k in order, in float (double for double), one rounding at the store. Other 16-bit cases keep the
 //           embedding in float.
 // limits    none; scratch is O(block of rows) a thread and one copy of the weight
@@ -131,7 +132,7 @@ template <class W, bool stream> void linear(const FourierArgs& a) {
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t row = b * angles.rows, rows = smaller(a.rows - row, angles.rows);
       block.compute(static_cast<const A*>(a.x) + row * a.dims, rows);
-      block.write(mine, rows);
+      block.write(mine, rows, k);
       for (int64_t p = 0; p < panels.count; ++p) {
         const int64_t column = p * panels.width, columns = smaller(a.features - column, panels.width);
         for (int64_t r = 0; r < rows; r += kRows) {

@@ -3,7 +3,7 @@
 // work      a task is a block of points of one signal; where d_map is summed it is all points of one signal and a block of
 //           channels, which no other task touches: no atomics, and one order of every sum, whatever the number of threads.
 //           Pixels and weights are worked out once for a point, then vectors along its channels go through all the maths:
-//           each input is read once, each output written once. Large outputs bypass the caches.
+//           each input is read once, each output written once.
 // numerics  as in the header; one rounding at the store
 // limits    d_map is summed by at most batch x (channels in lines of 64 bytes) threads; no scratch
 #include <omp.h>
@@ -15,9 +15,8 @@
 namespace fourdperf::FOURDPERF_ISA {
 namespace {
 
-constexpr int64_t kPoints = 32;          // of a task
-constexpr int64_t kStreamed = 16 << 20;  // bytes of output from which on it is written past the caches
-constexpr int64_t kLine = 64;            // bytes
+constexpr int64_t kPoints = 32;  // of a task
+constexpr int64_t kLine = 64;    // bytes
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -120,19 +119,12 @@ template <class T> inline const T* row(const void* p, PointStrides strides, int6
 // A row of a contiguous result of the shape of pre. Null: not wanted.
 template <class T> class Result {
   T* row_;
-  bool streamed_;
 
  public:
   Result(const SineArgs& a, void* p, int64_t batch, int64_t point)
-      : row_(p ? static_cast<T*>(p) + (batch * a.points + point) * a.channels : nullptr),
-        streamed_(p && a.batch * a.points * a.channels * int64_t(sizeof(T)) >= kStreamed &&
-                  a.channels % lanes<acc_t<T>> == 0 && uintptr_t(p) % kVectorBytes == 0) {}
+      : row_(p ? static_cast<T*>(p) + (batch * a.points + point) * a.channels : nullptr) {}
 
-  void put(vec<acc_t<T>> v, int64_t i, Full) const {
-    if (streamed_) store_streaming(row_ + i, v);
-    else if (row_) store(row_ + i, v);
-  }
-  void put(vec<acc_t<T>> v, int64_t i, int n) const {
+  template <class N> void put(vec<acc_t<T>> v, int64_t i, N n) const {
     if (row_) store(row_ + i, v, n);
   }
 };
@@ -206,7 +198,6 @@ template <class Pass, class T, Modulate M> void run(const SineArgs& a) {
         default: Pass::template point<T, M, 4>(a, part, p, at);
       }
     }
-    stream_fence();
   });
 }
 

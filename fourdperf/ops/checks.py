@@ -13,13 +13,17 @@ def require(condition, message: str) -> None:
 
 def check_floating(name: str, x) -> None:
     """`x` must be a dense torch.Tensor of float64, float32, bfloat16 or float16."""
-    require(isinstance(x, torch.Tensor), f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    require(x.dtype in FLOATS, f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}")
-    require(x.layout == torch.strided, f"{name} must be a dense tensor, got layout {x.layout}")
+    if not isinstance(x, torch.Tensor):  # no message is made where all is well: that would take longer than the check
+        raise ValueError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in FLOATS:
+        raise ValueError(f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}")
+    if x.layout != torch.strided:
+        raise ValueError(f"{name} must be a dense tensor, got layout {x.layout}")
 
 
 def check_choice(name: str, value, choices) -> None:
-    require(value in choices, f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def check_same(name: str, x, other: str, y) -> None:

@@ -14,7 +14,7 @@ float32 in front of a 16-bit weight (the usual thing, and what autocast makes of
 
 Large angles: native and Triton take the exact product x f of the two floats (an FMA gives what rounding it loses) and are
 within 2^-23 of its sine and cosine: to |x f| = 2^17 by a fast reduction in float32 (Triton: to 2^20, in float64), beyond by
-Payne and Hanek's in integers, about ten times slower and as accurate for every finite argument. Eager rounds the product,
+Payne and Hanek's, about ten times slower (2.5 times on AVX-512) and as accurate for every finite argument. Eager rounds the product,
 and so errs by up to |x f| 2^-24. float64 rounds the product. Infinity and NaN give NaN.
 
 First and second derivatives (and higher ones) with respect to x and frequencies, weight and bias. Non-contiguous inputs
@@ -36,6 +36,7 @@ Sources: Tancik et al., "Fourier features let networks learn high frequency func
 reduction for trigonometric functions", 1983; polynomials of Cephes (float32) and fdlibm (float64).
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -84,6 +85,8 @@ def fourier_linear(
 ) -> torch.Tensor:
     """F.linear(fourier_embed(x, frequencies), weight, bias) without the embedding in memory.
 
+    (On processors with fast 16-bit products torch multiplies for a 16-bit weight, and the embedding is in memory, once.)
+
     Args:
         x: (..., D) coordinates, of the weight's dtype, or float32 with a 16-bit weight.
         frequencies: (F,) angular frequencies.
@@ -97,22 +100,23 @@ def fourier_linear(
     frequencies = _checked(x, frequencies)
     check_floating("weight", weight)
     columns = 2 * x.shape[-1] * frequencies.shape[0]
-    require(
-        weight.ndim == 2 and weight.shape[1] == columns,
-        f"weight must have shape (M, 2 D F) with 2 D F = {columns}, got {tuple(weight.shape)}",
-    )
-    require(
-        x.dtype == weight.dtype or (x.dtype == torch.float32 and weight.dtype in (torch.bfloat16, torch.float16)),
-        f"x must have the dtype of weight ({weight.dtype}), or float32 with a 16-bit weight, got {x.dtype}",
-    )
-    require(weight.device == x.device, f"weight must be on the device of x ({x.device}), got {weight.device}")
+    if weight.ndim != 2 or weight.shape[1] != columns:
+        shape = tuple(weight.shape)
+        raise ValueError(f"weight must have shape (M, 2 D F) with 2 D F = {columns}, got {shape}")
+    half = weight.dtype in (torch.bfloat16, torch.float16)
+    if x.dtype != weight.dtype and not (half and x.dtype == torch.float32):
+        raise ValueError(
+            f"x must have the dtype of weight ({weight.dtype}), or float32 with a 16-bit weight, got {x.dtype}"
+        )
+    if weight.device != x.device:
+        raise ValueError(f"weight must be on the device of x ({x.device}), got {weight.device}")
     if bias is not None:
         check_floating("bias", bias)
-        require(
-            bias.shape == weight.shape[:1] and bias.dtype == weight.dtype and bias.device == x.device,
-            f"bias must have shape ({weight.shape[0]},) and the dtype and device of weight ({weight.dtype}, {x.device}), "
-            f"got {tuple(bias.shape)}, {bias.dtype}, {bias.device}",
-        )
+        if bias.shape != weight.shape[:1] or bias.dtype != weight.dtype or bias.device != x.device:
+            raise ValueError(
+                f"bias must have shape ({weight.shape[0]},) and the dtype and device of weight ({weight.dtype}, "
+                f"{x.device}), got {tuple(bias.shape)}, {bias.dtype}, {bias.device}"
+            )
     if torch.is_autocast_enabled(x.device.type) and weight.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -125,10 +129,10 @@ def _checked(x, frequencies):
     check_floating("x", x)
     check_floating("frequencies", frequencies)
     require(x.ndim >= 1, "x must have shape (..., D), got a tensor without axes")
-    require(frequencies.ndim == 1, f"frequencies must have shape (F,), got {tuple(frequencies.shape)}")
-    require(
-        frequencies.device == x.device, f"frequencies must be on the device of x ({x.device}), got {frequencies.device}"
-    )
+    if frequencies.ndim != 1:
+        raise ValueError(f"frequencies must have shape (F,), got {tuple(frequencies.shape)}")
+    if frequencies.device != x.device:
+        raise ValueError(f"frequencies must be on the device of x ({x.device}), got {frequencies.device}")
     return frequencies.to(_angle_dtype(x))
 
 
@@ -212,6 +216,10 @@ def _backward_fake(d_out, x, frequencies):
     return x.new_empty(x.shape), frequencies.new_empty(frequencies.shape)
 
 
+def _ones_fake(x, frequencies, dtype):
+    return x.new_empty((*x.shape[:-1], 2 * x.shape[-1] * frequencies.shape[0] + 1), dtype=dtype)
+
+
 def _linear_fake(x, frequencies, weight, bias):
     return weight.new_empty((*x.shape[:-1], weight.shape[0]))
 
@@ -220,8 +228,15 @@ def _save_inputs(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
-def _define(suffix, launch_embed, launch_backward, launch_linear):
-    """The ops on one set of kernels. What lies behind the first derivative is made of these ops and of torch's own."""
+def _ones_eager(x, frequencies, dtype):
+    return F.pad(fourier_embed_eager(x, frequencies).to(dtype), (0, 1), value=1.0)
+
+
+def _define(suffix, launch_embed, launch_backward, launch_linear, launch_ones=None):
+    """The ops on one set of kernels. What lies behind the first derivative is made of these ops and of torch's own.
+
+    launch_ones runs on the CPU only.
+    """
 
     def run_embed(x, frequencies):
         out = _embed_fake(x, frequencies)
@@ -234,6 +249,15 @@ def _define(suffix, launch_embed, launch_backward, launch_linear):
         if d_out.numel():
             launch_backward(d_out.contiguous(), x.contiguous(), frequencies.contiguous(), d_x, d_frequencies)
         return d_x, d_frequencies
+
+    def run_ones(x, frequencies, dtype):
+        """The embedding, of coordinates as wide as the frequencies, in `dtype`, with a one behind every row."""
+        out = _ones_fake(x, frequencies, dtype)
+        if launch_ones is None or x.is_cuda or out.shape[-1] == 1:
+            out[..., :-1], out[..., -1] = run_embed(x, frequencies), 1
+        elif out.numel():
+            launch_ones(x.contiguous(), frequencies.contiguous(), out)
+        return out
 
     def run_linear(x, frequencies, weight, bias):
         out = _linear_fake(x, frequencies, weight, bias)
@@ -251,6 +275,13 @@ def _define(suffix, launch_embed, launch_backward, launch_linear):
 
     def embed_backward(ctx, d_out):
         return backward(d_out, *ctx.saved_tensors)
+
+    def ones_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:2])
+
+    def ones_backward(ctx, d_out):
+        x, frequencies = ctx.saved_tensors
+        return *backward(d_out[..., :-1].to(x.dtype), x, frequencies), None
 
     def second_backward(ctx, g_x, g_frequencies):
         d_out, x, frequencies = ctx.saved_tensors
@@ -273,11 +304,13 @@ def _define(suffix, launch_embed, launch_backward, launch_linear):
             d_x, d_frequencies = backward(d_embedding, x, frequencies)
         with_bias = bias is not None and ctx.needs_input_grad[3]
         if ctx.needs_input_grad[2]:
-            embedding = embed(x.to(frequencies.dtype), frequencies).to(weight.dtype).reshape(-1, weight.shape[1])
-            if with_bias:  # a column of ones: d_out, much the largest tensor here, is then read once for both
-                embedding = torch.cat([embedding, embedding.new_ones(len(embedding), 1)], 1)
-            both = (embedding.T @ rows).T.contiguous()
-            d_weight, d_bias = (both[:, :-1], both[:, -1]) if with_bias else (both, None)
+            # with a column of ones d_out, much the largest tensor here, is read once for both
+            wide = x.to(frequencies.dtype)
+            embedding = (
+                ones(wide, frequencies, weight.dtype) if with_bias else embed(wide, frequencies).to(weight.dtype)
+            )
+            both = embedding.reshape(-1, embedding.shape[-1]).T @ rows
+            d_weight, d_bias = (both[:-1].T, both[-1]) if with_bias else (both.T, None)
         elif with_bias:
             d_bias = rows.sum(0)
         return d_x, d_frequencies, d_weight, d_bias
@@ -286,6 +319,11 @@ def _define(suffix, launch_embed, launch_backward, launch_linear):
         if in_dims[1] is not None:
             return torch.vmap(fourier_embed_eager, in_dims)(x, frequencies), 0
         return embed(x.movedim(in_dims[0], 0), frequencies), 0
+
+    def ones_vmap(info, in_dims, x, frequencies, dtype):
+        if in_dims[1] is not None:
+            return torch.vmap(_ones_eager, in_dims)(x, frequencies, dtype), 0
+        return ones(x.movedim(in_dims[0], 0), frequencies, dtype), 0
 
     def backward_vmap(info, in_dims, *args):
         return torch.vmap(_backward_eager, in_dims)(*args), (0, 0)  # frequencies have a gradient for each sample
@@ -303,6 +341,15 @@ def _define(suffix, launch_embed, launch_backward, launch_linear):
         vmap=embed_vmap,
         CPU=run_embed,
         CUDA=run_embed,
+    )
+    ones = define(
+        f"fourier_embed_ones{suffix}(Tensor x, Tensor frequencies, ScalarType dtype) -> Tensor",
+        fake=_ones_fake,
+        setup_context=ones_context,
+        backward=ones_backward,
+        vmap=ones_vmap,
+        CPU=run_ones,
+        CUDA=run_ones,
     )
     backward = define(
         f"fourier_embed_backward{suffix}(Tensor d_out, Tensor x, Tensor frequencies) -> (Tensor, Tensor)",
@@ -357,6 +404,13 @@ def _native_backward(d_out, x, frequencies, d_x, d_frequencies):
 
 
 def _native_linear(x, frequencies, weight, bias, out):
+    if not x.is_cuda and _torch_multiplies(weight.dtype):
+        embedding = weight.new_empty(x.numel() // x.shape[-1], weight.shape[1] + 1)
+        _native_ones(x, frequencies, embedding)
+        bias = weight.new_zeros(len(weight)) if bias is None else bias
+        # the bias as one more product, summed like the others: torch would write it first, and read and write it again
+        torch.mm(embedding, torch.cat([weight, bias[:, None]], 1).T, out=out.view(-1, len(weight)))
+        return
     library, launch = where(x)
     library.fourier_linear(
         x.data_ptr(),
@@ -369,6 +423,21 @@ def _native_linear(x, frequencies, weight, bias, out):
         weight.shape[0],
         launch,
     )
+
+
+def _native_ones(x, frequencies, out):
+    library, launch = where(x)
+    library.fourier_embed_ones(
+        x.data_ptr(), frequencies.data_ptr(), out.data_ptr(), DTYPE_CODES[out.dtype], *_sizes(x, frequencies), launch
+    )
+
+
+@functools.cache
+def _torch_multiplies(dtype):
+    """Whether torch has fast products of this 16-bit dtype on this processor (AMX, AVX-512): ours have no tiles."""
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float16 and torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
 def _triton_embed(*args):
@@ -389,7 +458,7 @@ def _triton_linear(*args):
     linear(*args)
 
 
-_NATIVE = _define("", _native_embed, _native_backward, _native_linear)
+_NATIVE = _define("", _native_embed, _native_backward, _native_linear, _native_ones)
 _TRITON = _define("_triton", _triton_embed, _triton_backward, _triton_linear)
 
 EMBED_BACKENDS = (

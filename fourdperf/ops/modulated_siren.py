@@ -89,42 +89,43 @@ def modulated_sine(
     """
     for name, x in (("pre", pre), ("map", map), ("xy", xy)):
         check_floating(name, x)
-    require(pre.ndim in (2, 3), f"pre must have shape (B, N, H) or (N, H), got {tuple(pre.shape)}")
-    require(map.ndim == 4, f"map must have shape (B, H, W, M), got {tuple(map.shape)}")
-    require(xy.ndim in (2, 3) and xy.shape[-1] == 2, f"xy must have shape (B, N, 2) or (N, 2), got {tuple(xy.shape)}")
+    if pre.ndim not in (2, 3):
+        raise ValueError(f"pre must have shape (B, N, H) or (N, H), got {tuple(pre.shape)}")
+    if map.ndim != 4:
+        raise ValueError(f"map must have shape (B, H, W, M), got {tuple(map.shape)}")
+    if xy.ndim not in (2, 3) or xy.shape[-1] != 2:
+        raise ValueError(f"xy must have shape (B, N, 2) or (N, 2), got {tuple(xy.shape)}")
     check_choice("modulate", modulate, MODULATE)
     check_choice("mode", mode, MODES)
-    require(isinstance(omega, int | float) and math.isfinite(omega), f"omega must be a finite number, got {omega!r}")
-    mixed = torch.float32 in (pre.dtype, map.dtype) and (pre.dtype in _HALF or map.dtype in _HALF)
-    require(
-        map.dtype == pre.dtype or mixed,
-        f"map must have the dtype of pre ({pre.dtype}), or one be float32 and the other of 16 bits, got {map.dtype}",
-    )
-    dtype = torch.float32 if mixed else pre.dtype
-    require(
-        xy.dtype == dtype or (dtype in _HALF and xy.dtype == torch.float32),
-        f"xy must be {dtype}{' or float32' if dtype in _HALF else ''}, as pre and map are, got {xy.dtype}",
-    )
+    if not isinstance(omega, int | float) or not math.isfinite(omega):
+        raise ValueError(f"omega must be a finite number, got {omega!r}")
+    dtype = pre.dtype
+    if map.dtype != dtype:
+        if torch.float32 not in (pre.dtype, map.dtype) or not (pre.dtype in _HALF or map.dtype in _HALF):
+            raise ValueError(
+                f"map must have the dtype of pre ({pre.dtype}), or one be float32 and the other of 16 bits, got {map.dtype}"
+            )
+        dtype = torch.float32
+    if xy.dtype != dtype and not (dtype in _HALF and xy.dtype == torch.float32):
+        wanted = f"{dtype}{' or float32' if dtype in _HALF else ''}"
+        raise ValueError(f"xy must be {wanted}, as pre and map are, got {xy.dtype}")
     for name, x in (("map", map), ("xy", xy)):
-        require(x.device == pre.device, f"{name} must be on the device of pre ({pre.device}), got {x.device}")
-    channels = pre.shape[-1] * (1 + (modulate == "both"))
-    require(
-        map.shape[-1] == channels,
-        f"map must have {channels} channels ({'2 H' if modulate == 'both' else 'H'} for modulate={modulate!r}), "
-        f"got shape {tuple(map.shape)}",
-    )
+        if x.device != pre.device:
+            raise ValueError(f"{name} must be on the device of pre ({pre.device}), got {x.device}")
+    if map.shape[-1] != pre.shape[-1] * (1 + (modulate == "both")):
+        channels = f"{pre.shape[-1] * (1 + (modulate == 'both'))} channels ({'2 H' if modulate == 'both' else 'H'}"
+        raise ValueError(f"map must have {channels} for modulate={modulate!r}), got shape {tuple(map.shape)}")
     pre, xy = (x if x.ndim == 3 else x[None] for x in (pre, xy))
-    require(pre.shape[1] == xy.shape[1], f"xy must have the N of pre ({pre.shape[1]}), got {tuple(xy.shape)}")
+    if pre.shape[1] != xy.shape[1]:
+        raise ValueError(f"xy must have the N of pre ({pre.shape[1]}), got {tuple(xy.shape)}")
     batches = {x.shape[0] for x in (pre, map, xy)} - {1}
-    require(
-        len(batches) <= 1,
-        f"the batch axes of pre, map and xy must be equal or 1, got {pre.shape[0]}, {map.shape[0]} and {xy.shape[0]}",
-    )
+    if len(batches) > 1:
+        sizes = f"{pre.shape[0]}, {map.shape[0]} and {xy.shape[0]}"
+        raise ValueError(f"the batch axes of pre, map and xy must be equal or 1, got {sizes}")
     b = batches.pop() if batches else 1
-    require(
-        map.shape[1] * map.shape[2] > 0 or b * pre.shape[1] == 0,
-        f"map must have pixels where xy has points, got shapes {tuple(map.shape)} and {tuple(xy.shape)}",
-    )
+    if map.shape[1] * map.shape[2] == 0 and b * pre.shape[1] > 0:
+        shapes = f"{tuple(map.shape)} and {tuple(xy.shape)}"
+        raise ValueError(f"map must have pixels where xy has points, got shapes {shapes}")
     args = *(x.expand(b, *x.shape[1:]) for x in (pre.to(dtype), map.to(dtype), xy)), float(omega), modulate, mode
     return choose("modulated_siren", BACKENDS, args, backend)(*args)
 

@@ -1,5 +1,6 @@
 """fourier_embed and fourier_linear: every backend against eager and float64, eager against the goldens."""
 
+import importlib
 import json
 import math
 from pathlib import Path
@@ -62,6 +63,22 @@ def test_linear_without_bias_and_with_float32_coordinates(target):
         assert got.dtype == dtype
         eager_error = (plain.double() - want).abs().max()
         assert (got.double() - want).abs().max() <= 2 * eager_error + torch.finfo(dtype).eps * want.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("torch_multiplies", [False, True])
+def test_both_ways_to_a_16_bit_layer(torch_multiplies, dtype, target, monkeypatch):
+    """Our fused kernel, which JAX and processors without fast 16-bit products use, and torch's product."""
+    if target.backend != "native" or target.device != "cpu":
+        pytest.skip("of the native CPU kernels")
+    module = importlib.import_module("fourdperf.ops.fourier_embed")
+    monkeypatch.setattr(module, "_torch_multiplies", lambda dtype: torch_multiplies)
+    x, f, parts = sample((70, 2), torch.float32), octaves(4), layer(2, 4, 33)
+    weight, bias = parts["weight"].to(dtype), parts["bias"].to(dtype)
+    want = F.linear(fourier_embed(x.double(), f.double(), backend="eager"), weight.double(), bias.double())
+    eager_error = (fourier_linear(x, f, weight, bias, backend="eager").double() - want).abs().max()
+    got = fourier_linear(x, f, weight, bias, backend="native").double()
+    assert (got - want).abs().max() <= 2 * eager_error + torch.finfo(dtype).eps * want.abs().max()
 
 
 @pytest.mark.parametrize("scale", [1.0, 5e3, 1.3e5, 1e6, 1e12, 1e30], ids=str)
@@ -206,6 +223,8 @@ def test_derivatives_and_registration(backend):
         f = sample((3,), torch.float32).to(device).requires_grad_()
         weight, bias = (t.to(device, dtype).requires_grad_() for t in layer(2, 3, 4).values())
         torch.library.opcheck(getattr(ops, f"fourier_embed{suffix}"), (x, f))
+        wide = x.detach().float().requires_grad_()
+        torch.library.opcheck(getattr(ops, f"fourier_embed_ones{suffix}"), (wide, f, dtype))
         d_out = sample((2, 5, 12)).to(device, dtype).requires_grad_()
         torch.library.opcheck(getattr(ops, f"fourier_embed_backward{suffix}"), (d_out, x, f))
         torch.library.opcheck(getattr(ops, f"fourier_linear{suffix}"), (x, f, weight, bias))
