@@ -70,7 +70,7 @@ def classification_objective(model: Classifier, batch: Batch, taps: dict | None 
 
 def pose_objective(model: PosePredictor, batch: Batch, taps: dict | None = None) -> dict[str, Tensor]:
     video, poses = batch[:2]
-    return pose_loss(model(video, taps), poses)
+    return pose_loss(model(video, taps), poses, negative_scale=model.config.negative_scale)
 
 
 # Training

@@ -3,7 +3,7 @@
     reconstruction   l1(recon_a, a) + l1(recon_b, b)             decoded from tau^T of b's coefficients and tau of a's
     equivariance     l1(tau a, b) + l1(tau^T b, a)               of coefficients
     multiplicity     |L| / k, Frobenius norm of the graph Laplacian L = diag(mask 1) - mask
-    poses            l1 of rotations + l1 of positions, the predicted ones times the factor that fits each sequence best
+    poses            l1 of rotations + l1 of positions, each sequence's predicted ones brought to the true ones' size
 
 l1 is the mean over all numbers. Losses are computed in fp32 at least. Each `*_loss` of an experiment gives its parts by
 name, unweighted, and under "loss" their weighted sum.
@@ -59,13 +59,18 @@ def orientation_loss(a: Tensor, b: Tensor) -> Tensor:
     return l1(a, b)
 
 
-def scale_procrustes(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def scale_procrustes(a: Tensor, b: Tensor, *, negative_scale: bool = False) -> tuple[Tensor, Tensor]:
     """l1 between points a and s b, both `(B, T, 3)`, and s b.
 
-    s = <a, b> / <b, b> of each sequence, the factor that fits best, through which no gradient goes; it may be negative.
+    s of each sequence is positive, |a| / |b|, and no gradient goes through it. negative_scale: s = <a, b> / <b, b>, the
+    factor that fits best, which takes a's opposite for a, and of b across a makes zero, where nothing is learned.
     """
     with torch.no_grad():
-        scale = (a * b).sum((-2, -1), keepdim=True) / b.square().sum((-2, -1), keepdim=True).clamp(min=TINY)
+        size = b.square().sum((-2, -1), keepdim=True).clamp(min=TINY)
+        if negative_scale:
+            scale = (a * b).sum((-2, -1), keepdim=True) / size
+        else:
+            scale = (a.square().sum((-2, -1), keepdim=True) / size).sqrt()
     return l1(a, scale * b), scale * b
 
 
@@ -90,12 +95,12 @@ def classification_loss(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     return {"loss": F.cross_entropy(logits, labels), "acc": acc}
 
 
-def pose_loss(relative: Tensor, poses: Tensor) -> dict[str, Tensor]:
+def pose_loss(relative: Tensor, poses: Tensor, *, negative_scale: bool = False) -> dict[str, Tensor]:
     """rotation + position, of predicted poses `(B, T - 1, 4, 4)` of each frame seen from the one before, and of the
-    frames' own, `(B, T, 4, 4)`, world from camera."""
+    frames' own, `(B, T, 4, 4)`, world from camera. negative_scale: as in `scale_procrustes`."""
     truth = relative_pose(poses[:, :-1], poses[:, 1:])
     rotation = orientation_loss(truth[..., :3, :3], relative[..., :3, :3])
-    position, _ = scale_procrustes(truth[..., :3, 3], relative[..., :3, 3])
+    position, _ = scale_procrustes(truth[..., :3, 3], relative[..., :3, 3], negative_scale=negative_scale)
     return {"loss": rotation + position, "rotation": rotation, "position": position}
 
 

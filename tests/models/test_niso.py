@@ -64,7 +64,7 @@ def test_config_errors(overrides, message):
 def test_config_round_trip():
     config = Config.upstream(**ENCODER)
     assert config.grid == (6, 10) and config.spatial == 60 and config.decoder_channels == (9, 6)
-    assert config.biases and config.upstream_modules and config.train_basis
+    assert config.biases and config.upstream_modules and config.train_basis and config.negative_scale
     assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert Config(**SMALL, latent_channels=9).latent_channels == 5
     with pytest.raises(ValueError, match="no_such: no such option"):
@@ -330,6 +330,20 @@ def test_pose_loss_does_not_see_the_scale():
     still = relative.clone()
     still[..., :3, 3] = 0
     assert niso_loss.pose_loss(still, poses)["loss"].isfinite()
+
+
+@pytest.mark.parametrize("negative_scale", [False, True])
+def test_pose_loss_sees_which_way_the_camera_moves(negative_scale):
+    """By default the opposite direction costs twice the positions' size and can be left; the original takes it."""
+    poses = niso.lift_se3(random(2, 4, 9))
+    back = niso.inverse_se3(poses[:, :-1]) @ poses[:, 1:]
+    size = back[..., :3, 3].abs().mean().item()
+    back[..., :3, 3] *= -3
+    back.requires_grad_()
+    found = niso_loss.pose_loss(back, poses, negative_scale=negative_scale)["position"]
+    assert found.item() == pytest.approx(0 if negative_scale else 2 * size, abs=1e-12)
+    (gradient,) = torch.autograd.grad(found, back)
+    assert negative_scale or gradient[..., :3, 3].all()
 
 
 def test_what_decays():

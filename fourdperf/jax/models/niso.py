@@ -473,9 +473,13 @@ def orientation_loss(a: Array, b: Array) -> Array:
     return l1(a, b)
 
 
-def scale_procrustes(a: Array, b: Array) -> tuple[Array, Array]:
-    """l1 between points a and s b, both `(B, T, 3)`, and s b; s fits best, and no gradient goes through it."""
-    scale = (a * b).sum((-2, -1), keepdims=True) / jnp.maximum(jnp.square(b).sum((-2, -1), keepdims=True), TINY)
+def scale_procrustes(a: Array, b: Array, *, negative_scale: bool = False) -> tuple[Array, Array]:
+    """l1 between points a and s b, both `(B, T, 3)`, and s b; no gradient goes through s; see the PyTorch function."""
+    size = jnp.maximum(jnp.square(b).sum((-2, -1), keepdims=True), TINY)
+    if negative_scale:
+        scale = (a * b).sum((-2, -1), keepdims=True) / size
+    else:
+        scale = jnp.sqrt(jax.lax.stop_gradient(jnp.square(a).sum((-2, -1), keepdims=True) / size))
     scaled = jax.lax.stop_gradient(scale) * b
     return l1(a, scaled), scaled
 
@@ -500,11 +504,11 @@ def classification_loss(logits: Array, labels: Array) -> dict[str, Array]:
     return {"loss": loss, "acc": (logits.argmax(-1) == labels).mean()}
 
 
-def pose_loss(relative: Array, poses: Array) -> dict[str, Array]:
+def pose_loss(relative: Array, poses: Array, *, negative_scale: bool = False) -> dict[str, Array]:
     """rotation + position; see the PyTorch function."""
     truth = inverse_se3(poses[:, :-1]) @ poses[:, 1:]
     rotation = orientation_loss(truth[..., :3, :3], relative[..., :3, :3])
-    position, _ = scale_procrustes(truth[..., :3, 3], relative[..., :3, 3])
+    position, _ = scale_procrustes(truth[..., :3, 3], relative[..., :3, 3], negative_scale=negative_scale)
     return {"loss": rotation + position, "rotation": rotation, "position": position}
 
 
