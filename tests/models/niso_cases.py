@@ -150,7 +150,7 @@ def loss(found, model: Model, library, targets) -> dict:
     if model.config.kind == "pose":
         return library.pose_loss(found, *targets, negative_scale=model.config.negative_scale)
     if model.config.encoder_channels:
-        return library.encode_loss(found, *targets, alpha=0.5, beta=0.1)
+        return library.encode_loss(found, *targets, alpha=0.5, beta=0.1, gamma=0.2)
     return library.laplacian_loss(found, *targets, beta=0.5)
 
 

@@ -318,6 +318,20 @@ def test_multiplicity_counts_clusters():
     assert abs(value(1.0, 1.0, 1.0).item() - 18**0.5 / 3) < 1e-6  # 3 on the diagonal less 1 everywhere
 
 
+def test_contrast_wants_invariants_that_tell_things_apart():
+    """Small where b's are rotations of a's, large where they are another's or all Gram matrices are one."""
+    a = random(6, 9, 4)
+    turned = torch.linalg.qr(random(6, 9, 9)).Q @ a
+    right, wrong = niso_loss.contrast_loss(a, turned), niso_loss.contrast_loss(a, turned.roll(1, 0))
+    assert right < 0.1 and wrong > 5
+    assert niso_loss.contrast_loss(3 * a, turned).item() == pytest.approx(right.item())
+    same = torch.linalg.qr(a).Q.requires_grad_()
+    chance = niso_loss.contrast_loss(same, same)
+    assert chance.item() > math.log(11) - 0.1
+    (gradient,) = torch.autograd.grad(chance, same)
+    assert gradient.isfinite().all()
+
+
 def test_pose_loss_does_not_see_the_scale():
     poses = niso.lift_se3(random(2, 4, 9))
     relative = niso.inverse_se3(poses[:, :-1]) @ poses[:, 1:]
