@@ -20,8 +20,8 @@ def niso(
 
     Learned functions are compared with the toric Laplacian's eigenspaces; views that tau makes of each other with those
     that the wrong tau makes; classifiers with plain convolutional nets of as many parameters, trained here on images as
-    they are and on warped ones; poses with those of a camera that stands still and of essential matrices from SIFT
-    matches and the true intrinsics.
+    they are and on warped ones; poses with those of a camera that stands still or goes to the right, and of essential
+    matrices from SIFT matches and the true intrinsics.
 
     Args:
         run: The folder of the run.

@@ -69,6 +69,8 @@ class Config(BaseConfig):
         layer and runs the first modules of that list, as many as it has layers.
     train_basis: a classifier's training moves the backbone's mass and functions too; the encoder stays.
     procrustes_gradient: "regularized", which goes to zero where singular values meet; "exact" is finite there as well.
+    negative_scale: in a pose predictor's training, the one factor that a sequence's positions are known up to may be
+        negative: what is learned is the axis of the motion, and not which way along it.
     """
 
     kind: str = "autoencoder"
@@ -91,6 +93,7 @@ class Config(BaseConfig):
     upstream_modules: bool = False
     train_basis: bool = False
     procrustes_gradient: str = "exact"
+    negative_scale: bool = False
 
     def __post_init__(self):
         check_choices(self, {"kind": KINDS, "procrustes_gradient": GRADIENTS})
@@ -125,6 +128,7 @@ class Config(BaseConfig):
     def upstream(cls, **overrides) -> "Config":
         """The original with all that it does differently, for its checkpoints."""
         options = {"biases": True, "upstream_modules": True, "train_basis": True, "procrustes_gradient": "regularized"}
+        options["negative_scale"] = True
         return cls.from_dict({**options, **overrides})
 
     @property

@@ -314,23 +314,26 @@ def _essential(keys_a, words_a, keys_b, words_b, camera_a: np.ndarray, camera_b:
 
 
 def _poses(model: PosePredictor, test: Dataset) -> Table:
-    """Errors of the model, of cameras that do not move, and of essential matrices, averaged over sequences and steps.
+    """Errors of the model, of cameras that do not move or always to the right, which is what is known of these sequences
+    before any is seen, and of essential matrices, averaged over sequences and steps.
 
     rotation     degrees between true and found rotations from frame to frame
     direction    degrees between the true and found direction of translation; the identity's has none: 90
-    axis         the same, where the sequence's directions may all be reversed, as the loss lets them
-    position     |s t - t*| / |t*|, means over the motions from frame to frame, s the best factor of a sequence, as in
-                 the loss: negative if that is better
+    axis         the same, where the sequence's directions may all be reversed, as the original's loss lets them
+    position     |s t - t*| / |t*|, means over the motions from frame to frame, s >= 0 the best factor of a sequence
     ATE          of the trajectory, after the best similarity (`fourdperf.metrics.pose_metrics`), which forgives much: a
                  few frames are nearly on a line, and any line can be turned into any other
     """
     rows: dict[str, list[dict[str, float]]] = {}
+    right = torch.eye(4)
+    right[0, 3] = 1
     for video, poses, intrinsics in DataLoader(test, POSE_BATCH, collate_fn=collate_items):
         truth, ours = relative_pose(poses[:, :-1], poses[:, 1:]), model(video).float()
         for i in range(len(video)):
             found = {
                 "isometries": ours[i],
                 "identity": torch.eye(4).expand_as(truth[i]),
+                "to the right": right.expand_as(truth[i]),
                 "essential matrix": essential_poses(video[i], intrinsics[i]),
             }
             for name, relative in found.items():
@@ -346,7 +349,7 @@ def pose_errors(relative: Tensor, truth: Tensor) -> dict[str, float]:
     angle = rotation_angle(relative[:, :3, :3].mT @ truth[:, :3, :3]).rad2deg()
     ours, true = relative[:, :3, 3], truth[:, :3, 3]
     cosine = F.cosine_similarity(ours, true, dim=-1).clamp(-1, 1)
-    scale = (ours * true).sum() / ours.square().sum().clamp(min=1e-12)
+    scale = (ours * true).sum().clamp(min=0) / ours.square().sum().clamp(min=1e-12)
     position = (scale * ours - true).norm(dim=-1).mean() / true.norm(dim=-1).mean().clamp(min=1e-12)
     direction = cosine.arccos().mean().rad2deg()
     return {

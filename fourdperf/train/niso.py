@@ -47,9 +47,10 @@ def laplacian_objective(beta: float) -> Objective:
     return objective
 
 
-def encode_objective(alpha: float, beta: float, relative: bool = False) -> Objective:
+def encode_objective(alpha: float, beta: float, relative: bool = False, gamma: float = 0.0) -> Objective:
     """relative: equivariance is that of coefficients over a pair's root mean square. The decoder hardly minds how large
-    they are, so that otherwise they shrink, a hundredfold in two thousand steps, and the term with them."""
+    they are, so that otherwise they shrink, a hundredfold in two thousand steps, and the term with them.
+    gamma: weight of `contrast_loss`, among a process's own pairs."""
 
     def objective(model: Autoencoder, batch: Batch, taps: dict | None = None) -> dict[str, Tensor]:
         a, b = batch[:2]
@@ -58,7 +59,7 @@ def encode_objective(alpha: float, beta: float, relative: bool = False) -> Objec
             of_a, of_b = related.coefficients_a, related.coefficients_b
             size = (of_a.square() + of_b.square()).mean((-2, -1), keepdim=True).div(2).sqrt() + TINY
             related = related._replace(coefficients_a=of_a / size, coefficients_b=of_b / size)
-        return encode_loss(related, a, b, alpha=alpha, beta=beta)
+        return encode_loss(related, a, b, alpha=alpha, beta=beta, gamma=gamma)
 
     return objective
 
@@ -70,7 +71,7 @@ def classification_objective(model: Classifier, batch: Batch, taps: dict | None 
 
 def pose_objective(model: PosePredictor, batch: Batch, taps: dict | None = None) -> dict[str, Tensor]:
     video, poses = batch[:2]
-    return pose_loss(model(video, taps), poses)
+    return pose_loss(model(video, taps), poses, negative_scale=model.config.negative_scale)
 
 
 # Training

@@ -3,7 +3,8 @@
     reconstruction   l1(recon_a, a) + l1(recon_b, b)             decoded from tau^T of b's coefficients and tau of a's
     equivariance     l1(tau a, b) + l1(tau^T b, a)               of coefficients
     multiplicity     |L| / k, Frobenius norm of the graph Laplacian L = diag(mask 1) - mask
-    poses            l1 of rotations + l1 of positions, the predicted ones times the factor that fits each sequence best
+    contrast         -log of the share of a view's partner among all of the batch, by their Gram matrices; not in the paper
+    poses            l1 of rotations + l1 of positions, each sequence's predicted ones brought to the true ones' size
 
 l1 is the mean over all numbers. Losses are computed in fp32 at least. Each `*_loss` of an experiment gives its parts by
 name, unweighted, and under "loss" their weighted sum.
@@ -19,6 +20,7 @@ from fourdperf.models.niso import IsometricOperator, Related
 
 __all__ = [
     "classification_loss",
+    "contrast_loss",
     "encode_loss",
     "equivariance_loss",
     "l1",
@@ -32,6 +34,7 @@ __all__ = [
 
 NORM_EPS = 1e-8
 TINY = 1e-12
+TEMPERATURE = 0.1
 
 
 def l1(a: Tensor, b: Tensor) -> Tensor:
@@ -54,18 +57,40 @@ def equivariance_loss(tau: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return l1(tau @ a, b) + l1(tau.mT @ b, a)
 
 
+def contrast_loss(a: Tensor, b: Tensor) -> Tensor:
+    """How badly the invariants of coefficients `(B, k, D)` tell a pair's two views from the batch's other ones.
+
+    Invariants are Gram matrices over their trace, less their mean over the batch; their cosines over 0.1 are the logits
+    (SimCLR, arXiv 2002.05709). Equivariance alone is best served by one Gram matrix for all things: between fields that
+    share it there is always a rotation, and then no invariant tells one thing from another.
+    """
+    with torch.autocast(a.device.type, enabled=False):
+        x = torch.cat([a, b])
+        gram = (x.mT @ x).flatten(1) / x.square().sum((-2, -1)).clamp(min=TINY)[:, None]
+        gram = F.normalize(gram - gram.mean(0), eps=TINY)
+        itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
+        logits = (gram @ gram.mT / TEMPERATURE).masked_fill(itself, -torch.inf)
+        partner = torch.arange(len(x), device=x.device).roll(len(a))
+        return F.cross_entropy(logits, partner)
+
+
 def orientation_loss(a: Tensor, b: Tensor) -> Tensor:
     """l1 between rotation matrices `(.., 3, 3)`."""
     return l1(a, b)
 
 
-def scale_procrustes(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def scale_procrustes(a: Tensor, b: Tensor, *, negative_scale: bool = False) -> tuple[Tensor, Tensor]:
     """l1 between points a and s b, both `(B, T, 3)`, and s b.
 
-    s = <a, b> / <b, b> of each sequence, the factor that fits best, through which no gradient goes; it may be negative.
+    s of each sequence is positive, |a| / |b|, and no gradient goes through it. negative_scale: s = <a, b> / <b, b>, the
+    factor that fits best, which takes a's opposite for a, and of b across a makes zero, where nothing is learned.
     """
     with torch.no_grad():
-        scale = (a * b).sum((-2, -1), keepdim=True) / b.square().sum((-2, -1), keepdim=True).clamp(min=TINY)
+        size = b.square().sum((-2, -1), keepdim=True).clamp(min=TINY)
+        if negative_scale:
+            scale = (a * b).sum((-2, -1), keepdim=True) / size
+        else:
+            scale = (a.square().sum((-2, -1), keepdim=True) / size).sqrt()
     return l1(a, scale * b), scale * b
 
 
@@ -76,11 +101,17 @@ def laplacian_loss(related: Related, a: Tensor, b: Tensor, *, beta: float) -> di
     return {"loss": recon + beta * mult, "recon": recon, "mult": mult}
 
 
-def encode_loss(related: Related, a: Tensor, b: Tensor, *, alpha: float, beta: float) -> dict[str, Tensor]:
-    """recon + alpha equiv + beta mult, of observations `(B, H, W, C)`."""
+def encode_loss(
+    related: Related, a: Tensor, b: Tensor, *, alpha: float, beta: float, gamma: float = 0.0
+) -> dict[str, Tensor]:
+    """recon + alpha equiv + beta mult + gamma contrast, of observations `(B, H, W, C)`."""
     parts = laplacian_loss(related, a, b, beta=beta)
     equiv = equivariance_loss(related.tau, related.coefficients_a, related.coefficients_b)
-    return {"loss": parts["loss"] + alpha * equiv, "recon": parts["recon"], "equiv": equiv, "mult": parts["mult"]}
+    parts = {"loss": parts["loss"] + alpha * equiv, "recon": parts["recon"], "equiv": equiv, "mult": parts["mult"]}
+    if gamma:
+        parts["contrast"] = contrast_loss(related.coefficients_a, related.coefficients_b)
+        parts["loss"] = parts["loss"] + gamma * parts["contrast"]
+    return parts
 
 
 def classification_loss(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -90,12 +121,12 @@ def classification_loss(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     return {"loss": F.cross_entropy(logits, labels), "acc": acc}
 
 
-def pose_loss(relative: Tensor, poses: Tensor) -> dict[str, Tensor]:
+def pose_loss(relative: Tensor, poses: Tensor, *, negative_scale: bool = False) -> dict[str, Tensor]:
     """rotation + position, of predicted poses `(B, T - 1, 4, 4)` of each frame seen from the one before, and of the
-    frames' own, `(B, T, 4, 4)`, world from camera."""
+    frames' own, `(B, T, 4, 4)`, world from camera. negative_scale: as in `scale_procrustes`."""
     truth = relative_pose(poses[:, :-1], poses[:, 1:])
     rotation = orientation_loss(truth[..., :3, :3], relative[..., :3, :3])
-    position, _ = scale_procrustes(truth[..., :3, 3], relative[..., :3, 3])
+    position, _ = scale_procrustes(truth[..., :3, 3], relative[..., :3, 3], negative_scale=negative_scale)
     return {"loss": rotation + position, "rotation": rotation, "position": position}
 
 

@@ -199,12 +199,12 @@ def answers_picture(model: Classifier, x: Tensor, labels: Tensor, classes: Seque
 
 def trajectories_picture(relative: Tensor, poses: Tensor) -> np.ndarray:
     """The camera's way through each sequence, in the first camera's x to the right and z forward: true, and found
-    (relative poses (B, T - 1, 4, 4), of which lengths are fitted, as in the loss)."""
+    (relative poses (B, T - 1, 4, 4), brought to the true ones' size, as in the loss)."""
     relative, poses = relative.detach().cpu().double(), poses.cpu().double()
     charts = []
     for found, true in zip(relative, poses):
         steps = relative_pose(true[:-1], true[1:])
-        scale = (steps[:, :3, 3] * found[:, :3, 3]).sum() / found[:, :3, 3].square().sum().clamp(min=1e-12)
+        scale = steps[:, :3, 3].norm() / found[:, :3, 3].norm().clamp(min=1e-6)
         found = found.clone()
         found[:, :3, 3] *= scale
         curves = {}

@@ -197,7 +197,8 @@ def _objective(options: Mapping[str, Any]) -> tuple[Objective, str]:
             return pose_objective, "sequences"
         case "hmnist_pred" | "shrec_pred":
             return classification_objective, "images"
-    return encode_objective(options["alpha"], options["beta"], options["relative"]), "pairs"
+    gamma = options.get("gamma", 0.0)
+    return encode_objective(options["alpha"], options["beta"], options["relative"], gamma), "pairs"
 
 
 # Data

@@ -81,8 +81,15 @@ ENCODER = {
     "encoder_channels": (6, 9),
     "encoder_depth": (1, 1),
 }
-UPSTREAM = {"biases": True, "upstream_modules": True, "train_basis": True, "procrustes_gradient": "regularized"}
+UPSTREAM = {
+    "biases": True,
+    "upstream_modules": True,
+    "train_basis": True,
+    "procrustes_gradient": "regularized",
+    "negative_scale": True,
+}
 HEAD = {"num_classes": 5, "head_features": 7, "head_layers": 3, "gram_features": 4}
+POSES = {"kind": "pose", "image_size": (13, 9), "head_features": 10, "head_layers": 5, "op_dim": 6}
 ONE_LEVEL = {"image_size": (5, 4), "encoder_channels": (8,), "encoder_depth": (1,)}
 LIVE = {
     "operator alone": {"image_size": (4, 5), "channels": 90, "op_dim": 20, "clustered": True},
@@ -97,7 +104,8 @@ LIVE = {
     },
     "classifier": {**ENCODER, **HEAD, **ONE_LEVEL, "kind": "classifier"},
     "classifier, upstream": {**UPSTREAM, **ENCODER, **HEAD, "kind": "classifier", "head_layers": 4},
-    "pose": {**ENCODER, "kind": "pose", "image_size": (13, 9), "head_features": 10, "head_layers": 5, "op_dim": 6},
+    "pose": {**ENCODER, **POSES},
+    "pose, upstream": {**UPSTREAM, **ENCODER, **POSES},
 }
 
 
@@ -140,9 +148,9 @@ def loss(found, model: Model, library, targets) -> dict:
     if model.config.kind == "classifier":
         return library.classification_loss(found, *targets)
     if model.config.kind == "pose":
-        return library.pose_loss(found, *targets)
+        return library.pose_loss(found, *targets, negative_scale=model.config.negative_scale)
     if model.config.encoder_channels:
-        return library.encode_loss(found, *targets, alpha=0.5, beta=0.1)
+        return library.encode_loss(found, *targets, alpha=0.5, beta=0.1, gamma=0.2)
     return library.laplacian_loss(found, *targets, beta=0.5)
 
 

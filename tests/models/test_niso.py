@@ -64,7 +64,7 @@ def test_config_errors(overrides, message):
 def test_config_round_trip():
     config = Config.upstream(**ENCODER)
     assert config.grid == (6, 10) and config.spatial == 60 and config.decoder_channels == (9, 6)
-    assert config.biases and config.upstream_modules and config.train_basis
+    assert config.biases and config.upstream_modules and config.train_basis and config.negative_scale
     assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert Config(**SMALL, latent_channels=9).latent_channels == 5
     with pytest.raises(ValueError, match="no_such: no such option"):
@@ -318,6 +318,20 @@ def test_multiplicity_counts_clusters():
     assert abs(value(1.0, 1.0, 1.0).item() - 18**0.5 / 3) < 1e-6  # 3 on the diagonal less 1 everywhere
 
 
+def test_contrast_wants_invariants_that_tell_things_apart():
+    """Small where b's are rotations of a's, large where they are another's or all Gram matrices are one."""
+    a = random(6, 9, 4)
+    turned = torch.linalg.qr(random(6, 9, 9)).Q @ a
+    right, wrong = niso_loss.contrast_loss(a, turned), niso_loss.contrast_loss(a, turned.roll(1, 0))
+    assert right < 0.1 and wrong > 5
+    assert niso_loss.contrast_loss(3 * a, turned).item() == pytest.approx(right.item())
+    same = torch.linalg.qr(a).Q.requires_grad_()
+    chance = niso_loss.contrast_loss(same, same)
+    assert chance.item() > math.log(11) - 0.1
+    (gradient,) = torch.autograd.grad(chance, same)
+    assert gradient.isfinite().all()
+
+
 def test_pose_loss_does_not_see_the_scale():
     poses = niso.lift_se3(random(2, 4, 9))
     relative = niso.inverse_se3(poses[:, :-1]) @ poses[:, 1:]
@@ -330,6 +344,20 @@ def test_pose_loss_does_not_see_the_scale():
     still = relative.clone()
     still[..., :3, 3] = 0
     assert niso_loss.pose_loss(still, poses)["loss"].isfinite()
+
+
+@pytest.mark.parametrize("negative_scale", [False, True])
+def test_pose_loss_sees_which_way_the_camera_moves(negative_scale):
+    """By default the opposite direction costs twice the positions' size and can be left; the original takes it."""
+    poses = niso.lift_se3(random(2, 4, 9))
+    back = niso.inverse_se3(poses[:, :-1]) @ poses[:, 1:]
+    size = back[..., :3, 3].abs().mean().item()
+    back[..., :3, 3] *= -3
+    back.requires_grad_()
+    found = niso_loss.pose_loss(back, poses, negative_scale=negative_scale)["position"]
+    assert found.item() == pytest.approx(0 if negative_scale else 2 * size, abs=1e-12)
+    (gradient,) = torch.autograd.grad(found, back)
+    assert negative_scale or gradient[..., :3, 3].all()
 
 
 def test_what_decays():

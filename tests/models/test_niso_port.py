@@ -146,7 +146,7 @@ def test_losses(name):
     case = Case(name)
     a, b = (case.inputs[x].requires_grad_() for x in "ab")
     if name == "loss_procrustes":
-        loss, scaled = niso_loss.scale_procrustes(a, b)
+        loss, scaled = niso_loss.scale_procrustes(a, b, negative_scale=True)
         case.check("out/scaled_b", scaled)
     else:
         loss = {"loss_l1": niso_loss.l1, "loss_orientation": niso_loss.orientation_loss}[name](a, b)
@@ -277,7 +277,7 @@ def test_pose():
     assert model.config.head_layers == sizes["layers"]
     poses = model(case.inputs["x"].unflatten(0, (sizes["B"], sizes["seq_len"])))
     case.check("out/relative_poses_first", poses[0])
-    parts = niso_loss.pose_loss(poses, case.inputs["g"])
+    parts = niso_loss.pose_loss(poses, case.inputs["g"], negative_scale=model.config.negative_scale)
     for key, part in parts.items():
         case.check("out/loss" if key == "loss" else f"out/loss_{key}", part)
     parts["loss"].backward()

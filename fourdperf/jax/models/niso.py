@@ -23,7 +23,7 @@ from fourdperf.jax.ops import procrustes
 from fourdperf.models.niso import LENGTH_FLOOR, MASS_FLOOR, MODEL, MODELS, Config
 from fourdperf.models.niso_nets import DAMPING_START, NEURON_EPS, NORM_EPS
 from fourdperf.train.niso_loss import NORM_EPS as LOSS_EPS
-from fourdperf.train.niso_loss import TINY
+from fourdperf.train.niso_loss import TEMPERATURE, TINY
 
 LINEAR = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
@@ -468,14 +468,28 @@ def equivariance_loss(tau: Array, a: Array, b: Array) -> Array:
     return l1(tau @ a, b) + l1(tau.mT @ b, a)
 
 
+def contrast_loss(a: Array, b: Array) -> Array:
+    """How badly Gram matrices of coefficients `(B, k, D)` tell a pair's views from others; see the PyTorch function."""
+    x = jnp.concatenate([a, b])
+    gram = (x.mT @ x).reshape(len(x), -1) / jnp.maximum(jnp.square(x).sum((-2, -1)), TINY)[:, None]
+    gram = gram - gram.mean(0)
+    gram = gram / jnp.maximum(jnp.linalg.norm(gram, axis=1, keepdims=True), TINY)
+    logits = jnp.where(jnp.eye(len(x), dtype=bool), -jnp.inf, gram @ gram.T / TEMPERATURE)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.roll(jnp.arange(len(x)), len(a))).mean()
+
+
 def orientation_loss(a: Array, b: Array) -> Array:
     """l1 between rotation matrices `(.., 3, 3)`."""
     return l1(a, b)
 
 
-def scale_procrustes(a: Array, b: Array) -> tuple[Array, Array]:
-    """l1 between points a and s b, both `(B, T, 3)`, and s b; s fits best, and no gradient goes through it."""
-    scale = (a * b).sum((-2, -1), keepdims=True) / jnp.maximum(jnp.square(b).sum((-2, -1), keepdims=True), TINY)
+def scale_procrustes(a: Array, b: Array, *, negative_scale: bool = False) -> tuple[Array, Array]:
+    """l1 between points a and s b, both `(B, T, 3)`, and s b; no gradient goes through s; see the PyTorch function."""
+    size = jnp.maximum(jnp.square(b).sum((-2, -1), keepdims=True), TINY)
+    if negative_scale:
+        scale = (a * b).sum((-2, -1), keepdims=True) / size
+    else:
+        scale = jnp.sqrt(jax.lax.stop_gradient(jnp.square(a).sum((-2, -1), keepdims=True) / size))
     scaled = jax.lax.stop_gradient(scale) * b
     return l1(a, scaled), scaled
 
@@ -487,11 +501,17 @@ def laplacian_loss(related: Related, a: Array, b: Array, *, beta: float) -> dict
     return {"loss": recon + beta * mult, "recon": recon, "mult": mult}
 
 
-def encode_loss(related: Related, a: Array, b: Array, *, alpha: float, beta: float) -> dict[str, Array]:
-    """recon + alpha equiv + beta mult, of observations `(B, H, W, C)`."""
+def encode_loss(
+    related: Related, a: Array, b: Array, *, alpha: float, beta: float, gamma: float = 0.0
+) -> dict[str, Array]:
+    """recon + alpha equiv + beta mult + gamma contrast, of observations `(B, H, W, C)`."""
     parts = laplacian_loss(related, a, b, beta=beta)
     equiv = equivariance_loss(related.tau, related.coefficients_a, related.coefficients_b)
-    return {"loss": parts["loss"] + alpha * equiv, "recon": parts["recon"], "equiv": equiv, "mult": parts["mult"]}
+    parts = {"loss": parts["loss"] + alpha * equiv, "recon": parts["recon"], "equiv": equiv, "mult": parts["mult"]}
+    if gamma:
+        parts["contrast"] = contrast_loss(related.coefficients_a, related.coefficients_b)
+        parts["loss"] = parts["loss"] + gamma * parts["contrast"]
+    return parts
 
 
 def classification_loss(logits: Array, labels: Array) -> dict[str, Array]:
@@ -500,11 +520,11 @@ def classification_loss(logits: Array, labels: Array) -> dict[str, Array]:
     return {"loss": loss, "acc": (logits.argmax(-1) == labels).mean()}
 
 
-def pose_loss(relative: Array, poses: Array) -> dict[str, Array]:
+def pose_loss(relative: Array, poses: Array, *, negative_scale: bool = False) -> dict[str, Array]:
     """rotation + position; see the PyTorch function."""
     truth = inverse_se3(poses[:, :-1]) @ poses[:, 1:]
     rotation = orientation_loss(truth[..., :3, :3], relative[..., :3, :3])
-    position, _ = scale_procrustes(truth[..., :3, 3], relative[..., :3, 3])
+    position, _ = scale_procrustes(truth[..., :3, 3], relative[..., :3, 3], negative_scale=negative_scale)
     return {"loss": rotation + position, "rotation": rotation, "position": position}
 
 
