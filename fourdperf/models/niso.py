@@ -127,8 +127,8 @@ class Config(BaseConfig):
     @classmethod
     def upstream(cls, **overrides) -> "Config":
         """The original with all that it does differently, for its checkpoints."""
-        options = {"biases": True, "upstream_modules": True, "train_basis": True, "procrustes_gradient": "regularized"}
-        options["negative_scale"] = True
+        options = dict.fromkeys(("biases", "upstream_modules", "train_basis", "negative_scale"), True)
+        options["procrustes_gradient"] = "regularized"
         return cls.from_dict({**options, **overrides})
 
     @property

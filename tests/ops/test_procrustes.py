@@ -49,7 +49,7 @@ def test_agrees_with_eager(n, special, dtype, target):
         pytest.skip("Triton's interpreter takes minutes for larger matrices; it computes in float32")
     if target.isa == EMULATED and n > 17 and (dtype != torch.float32 or special):
         pytest.skip("the emulator takes a quarter of a minute for as large matrices: once in float32")
-    batch = 2 if target.isa == EMULATED and n > 33 else 8
+    batch = 2 if target.isa == EMULATED and n > 17 else 8
     singular = np.linspace(1, 3, n)
     for negative in (False, True):
         x = conditioned(singular, batch=batch, seed=n, negative=negative)
