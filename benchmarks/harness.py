@@ -75,6 +75,9 @@ class Row:
     note: str = ""
 
 
+LONG = 0.1  # seconds of a call, after which others are not timed at once: its threads may still be giving back memory
+
+
 def with_malloc_settings() -> None:
     """Starts this process again with MALLOC set (glibc reads it at start only)."""
     if platform.libc_ver()[0] == "glibc" and any(os.environ.get(k) != v for k, v in MALLOC.items()):
@@ -229,13 +232,16 @@ def run(case: Case, roof: dict, rounds: int = 15, seconds: float = 3.0) -> list[
         runnable[name] = function
     repeats = {name: max(1, int(2e-3 / max(_seconds(function, 1), 1e-9))) for name, function in runnable.items()}
     times: dict[str, list[float]] = {name: [] for name in runnable}
-    start = time.perf_counter()
+    start, before = time.perf_counter(), 0.0
     while len(times[next(iter(times))]) < rounds:
         if time.perf_counter() - start > seconds and len(times[next(iter(times))]) >= 5:
             break
         for name, function in runnable.items():
-            _settle()
+            if before > LONG:
+                _settle()
+                function()  # the threads are awake again
             times[name].append(_seconds(function, repeats[name]))
+            before = times[name][-1]
     first = next(iter(runnable))
     for name, sample in times.items():
         row = rows[name]
