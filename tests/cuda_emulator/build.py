@@ -23,10 +23,8 @@ from fourdperf import native
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 FLAGS = "-std=c++17 -O2 -fPIC -fvisibility=hidden -ffp-contract=fast -march=native -fno-math-errno -w -DFOURDPERF_CUDA_MODULE".split()
-
-SANITIZE = (
-    "-g -fsanitize=address,undefined -fno-sanitize-recover=undefined".split()
-)  # as the CPU library of `make sanitize`
+# in `make sanitize`, as for its CPU library
+SANITIZE = "-g -fsanitize=address,undefined -fno-sanitize-recover=undefined".split()
 
 
 def translate(source: str) -> str:
