@@ -278,9 +278,11 @@ procrustes_solve_kernel(const A* h, const A* p, const A* flip, A* y, int n) {
     });
   };
   // the second time for what the first left: h y + y h is not yet p - p^T, as v is orthogonal but to n roundings
+#pragma unroll 1
   for (int pass = 0; pass < 2; ++pass) {
     s.each([&](int i, int j) {
       A rest = p[i * n + j] - p[j * n + i];
+#pragma unroll 1
       for (int k = 0; pass && k < n; ++k) {
         rest -= (h[i * n + k] + h[k * n + i]) / 2 * y[k * n + j] + y[i * n + k] * ((h[k * n + j] + h[j * n + k]) / 2);
       }
