@@ -3,8 +3,8 @@
     OPENBLAS_NUM_THREADS=1 fourdperf bench niso
 
 Peers: the Flax mirror under jax.jit from the same weights, and the same torch model with torch.linalg.svd for its
-rotations. The second field is the first, rolled around, and noise. A training step is that of niso.hmnist_encode at
-its default config; what is compared is the first step's loss and the gradient's norm. See benchmarks/procrustes.py for
+rotations. The second field is the first, rolled around, and noise. A training step is that of niso.hmnist_encode with
+the original's loss and weights; what is compared is the first step's loss and the gradient's norm. See benchmarks/procrustes.py for
 the setting of JAX's SVD. Floor: matrix products, 6 n^3 multiply-adds for a rotation and 12 with its gradient.
 """
 
@@ -13,6 +13,7 @@ from unittest import mock
 
 import torch
 from fourdperf.benchmarks.harness import Case
+from fourdperf.benchmarks.procrustes import rotation_case
 
 from fourdperf.cli.train_niso import EXPERIMENTS
 from fourdperf.models import niso
@@ -75,7 +76,7 @@ def _operator(name: str, device: str, backward: bool, batch: int, grid: tuple[in
         },
         flops=products + 2 * (batch * k**3 + points * k**2) * (12 if backward else 6),
         tolerance=1e-2,
-        direction=_direction(backward),
+        direction="forward+backward" if backward else "forward",
     )
 
 
@@ -94,34 +95,7 @@ def _projection(device: str, backward: bool) -> Case:
     batch, n = PROJECTION
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(batch, n, n, generator=generator).to(device) for _ in range(2))
-    x.requires_grad_(backward)
-
-    def torch_case(backend):
-        def run():
-            with torch.set_grad_enabled(backward):
-                out = procrustes(x, special=True, backend=backend)
-                return (out, *torch.autograd.grad((out * weight).sum(), x)) if backward else out
-
-        return run
-
-    return Case(
-        "niso",
-        f"projection of {batch} x {n}^2",
-        "float32",
-        {
-            "fourdperf": torch_case(None),
-            "torch.linalg.svd": torch_case("eager"),
-            "JAX jit": _jax(_flax_projection, (x,), weight, backward),
-        },
-        flops=2 * batch * n**3 * (12 if backward else 6),
-        tolerance=5e-2,
-        direction=_direction(backward),
-    )
-
-
-def _flax_projection(jax, flax, wanted, weight, backward):
-    project = lambda x: flax.procrustes(x, special=True, backend="jnp")
-    return _with_gradient(jax, project, wanted, weight, backward)
+    return rotation_case("niso", f"projection of {batch} x {n}^2", x, weight, backward, tolerance=5e-2)
 
 
 def _with_gradient(jax, function, wanted, weight, backward):
@@ -133,10 +107,6 @@ def _with_gradient(jax, function, wanted, weight, backward):
     pair = lambda weight, *args: (lambda out: ((out * weight).sum(), out))(function(*args))
     both = jax.jit(jax.value_and_grad(pair, tuple(range(1, len(arrays) + 1)), has_aux=True))
     return lambda: (lambda value, gradient: (value[1], *gradient))(*both(weight, *arrays))
-
-
-def _direction(backward: bool) -> str:
-    return "forward+backward" if backward else "forward"
 
 
 # ---- a training step

@@ -26,7 +26,13 @@ def _case(n: int, device: str, backward: bool) -> Case:
     u, v = (torch.linalg.qr(torch.randn(BATCH, n, n, generator=generator)).Q for _ in range(2))
     x = (u * torch.logspace(0, -torch.tensor(CONDITION).log10().item(), n)) @ v.mT
     weight = torch.randn(BATCH, n, n, generator=generator)
-    x, weight = x.to(device).requires_grad_(backward), weight.to(device)
+    name = f"{BATCH} rotations of {n} x {n}, condition {CONDITION:g}"
+    return rotation_case("procrustes", name, x.to(device), weight.to(device), backward, tolerance=1e-2)
+
+
+def rotation_case(op: str, name: str, x: torch.Tensor, weight: torch.Tensor, backward: bool, tolerance: float) -> Case:
+    """The nearest rotations to x (B, n, n), or with them the gradient of sum(weight rotations)."""
+    x = x.requires_grad_(backward)
 
     def torch_case(backend):
         def run():
@@ -37,16 +43,16 @@ def _case(n: int, device: str, backward: bool) -> Case:
         return run
 
     return Case(
-        "procrustes",
-        f"{BATCH} rotations of {n} x {n}, condition {CONDITION:g}",
+        op,
+        name,
         "float32",
         {
             "fourdperf": torch_case(None),
             "torch.linalg.svd": torch_case("eager"),
             "JAX jit": _jax(x.detach(), weight, backward),
         },
-        flops=2 * BATCH * n**3 * (12 if backward else 6),
-        tolerance=1e-2,
+        flops=2 * len(x) * x.shape[-1] ** 3 * (12 if backward else 6),
+        tolerance=tolerance,
         direction="forward+backward" if backward else "forward",
     )
 

@@ -14,8 +14,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <limits>
@@ -117,11 +115,6 @@ struct Block {
 };
 inline Block block;
 
-inline void fail(const std::string& what) {
-  if (error.empty()) error = what;
-  throw Deadlock{};
-}
-
 inline void yield() { go(block.fibers[block.current].context, block.scheduler); }
 
 inline void release(Barrier& b) {
@@ -132,20 +125,23 @@ inline void release(Barrier& b) {
 
 inline bool abandoned = false;  // the block is given up: fibers unwind
 
+inline void abandon(const std::string& why) {
+  abandoned = true;
+  if (error.empty()) error = why;
+  throw Deadlock{};
+}
+
 inline void wait(Barrier& b, unsigned expected, int line, const char* name) {
-  if (b.arrived && b.line != line) {
-    abandoned = true;
-    if (error.empty()) {
-      error = std::string(name) + ": threads meet in different lines, " + std::to_string(b.line) + " and " + std::to_string(line);
-    }
-  }
   if (abandoned) throw Deadlock{};
+  if (b.arrived && b.line != line) {
+    abandon(std::string(name) + ": threads meet in different lines, " + std::to_string(b.line) + " and " + std::to_string(line));
+  }
   b.line = line;
   if (++b.arrived >= expected) return release(b);
   Fiber& own = block.fibers[block.current];
   own.waits = &b;
   own.generation = b.generation;
-  while (own.waits && own.generation == b.generation && !abandoned) yield();
+  while (own.generation == b.generation && !abandoned) yield();
   own.waits = nullptr;
   if (abandoned) throw Deadlock{};
 }
@@ -247,7 +243,7 @@ template <class T> inline void poison(T& array) {
 }
 
 inline void warp_barrier(unsigned mask, int line, const char* name) {
-  if (mask != 0xffffffffu) fail(std::string(name) + ": only all 32 lanes are emulated");
+  if (mask != 0xffffffffu) abandon(std::string(name) + ": only all 32 lanes are emulated");
   const unsigned warp = block.current / 32;
   wait(block.of_warp[warp], block.left[warp], line, name);
 }
