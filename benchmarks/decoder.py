@@ -21,7 +21,7 @@ from fourdperf.models.layers import CrossDecoder
 
 WIDTHS = {512: 8, 768: 12, 1024: 16}
 LAYERS, TOKENS, FRAMES, BANDS, PORT_CHUNK = 8, 6145, 48, 10, 256
-QUERIES = {"cpu": 512, "cuda": 65536}
+QUERIES = {"cpu": 2048, "cuda": 65536}
 RATES = (60, 24, 10, 1)
 
 

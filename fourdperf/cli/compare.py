@@ -48,12 +48,13 @@ def d4rt(
     checkpoint: Path | None = None,
     num_queries: int = 2048,
     seed: int = 0,
+    dtype: Dtypes = "both",
     tolerance: float = 1e-4,
     rounds: int = 5,
     json: Path | None = None,
     html: Path | None = None,
 ) -> int:
-    """Compares D4RT with its JAX reference on the CPU in float32: error of every layer, time, peak memory.
+    """Compares D4RT with its JAX reference on the CPU: error of every layer, time, peak memory.
 
     Exits with 1, naming the first layer that differs, if a layer is out of tolerance.
 
@@ -62,7 +63,8 @@ def d4rt(
         checkpoint: A model's folder; by default the small model of this package.
         num_queries: Random queries about the clip.
         seed: The seed of the queries.
-        tolerance: Largest max|difference| / max|reference| of a layer.
+        dtype: Number types to compare.
+        tolerance: Largest max|difference| / max|reference| of a layer in float32.
         rounds: Timed runs of each side; 0 skips the timing.
         json: Also write the numbers to this file.
         html: Also write the tables to this page.
@@ -73,7 +75,7 @@ def d4rt(
     _readable(video)
     if num_queries < 1:
         raise ValueError(f"--num_queries: wanted at least 1, got {num_queries}")
-    return show(run(checkpoint or SHIPPED_WEIGHTS, video, num_queries, seed, tolerance, rounds), json, html)
+    return show(run(checkpoint or SHIPPED_WEIGHTS, video, num_queries, seed, dtype, tolerance, rounds), json, html)
 
 
 compare = {"scaling4d": scaling4d, "d4rt": d4rt}

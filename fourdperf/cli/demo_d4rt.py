@@ -91,7 +91,7 @@ def d4rt(
         print("skipped: nobody knows the truth about this video")
 
     step("3/3 the same weights in PyTorch and in JAX")
-    compared = compare_d4rt.run(folder, video, QUERIES, 0, TOLERANCE, rounds)
+    compared = compare_d4rt.run(folder, video, QUERIES, 0, "both", TOLERANCE, rounds)
     for table in compared.tables():
         print(table.text(), end="\n\n")
     print(compared.verdict())

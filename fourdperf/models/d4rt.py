@@ -44,7 +44,9 @@ from fourdperf.models.layers import (
     PatchEmbedding,
     PreNormBlock,
     attention,
+    in_chunks,
     like,
+    linear_gelu,
     may_look,
     tap,
     wide,
@@ -336,7 +338,7 @@ class PatchMLP(nn.Module):
         self.dense_out = nn.Linear(features, features)
 
     def forward(self, patches: Tensor) -> Tensor:
-        return self.dense_out(F.gelu(self.dense_in(patches.flatten(-3)), approximate=self.approximate))
+        return self.dense_out(linear_gelu(patches.flatten(-3), self.dense_in, self.approximate))
 
 
 class PatchConv(nn.Module):
@@ -366,6 +368,10 @@ class QueryBuilder(nn.Module):
         mlp = config.rgb_embedding == "mlp"
         self.rgb = PatchMLP(config.rgb_size, rgb, config.gelu) if mlp else PatchConv(config.rgb_size, rgb)
         self.projection = nn.Linear(fourier + 3 * time + rgb, width) if config.query_parts else None
+        pixels = config.rgb_size**2
+        self.floats_per_query = 5 * width + (
+            2 * (3 * pixels + rgb) if mlp else 2 * (3 + 64) * pixels
+        )  # what lives at once
 
     def forward(self, queries: Queries, frames: Tensor) -> Tensor:
         parts = [
@@ -424,6 +430,7 @@ class D4RT(PretrainedModel):
             eps=config.norm_eps,
             approximate=config.gelu,
         )
+        self.decoder.floats_per_query = max(self.decoder.floats_per_query, self.query_builder.floats_per_query)
         self.head = nn.Linear(width, sum(SIZES))
         self.reset_parameters()
 
@@ -489,16 +496,9 @@ class D4RT(PretrainedModel):
         Raises ValueError as `encode` does.
         """
         queries = self._check_queries(queries, encoded)
-        batch, number = queries.uv.shape[:2]
-        chunk = self.decoder.chunk_size(batch, self.head.weight.element_size())
-        outputs, states = [], []
-        for start in range(0, max(number, 1), chunk):
-            states.append(None if taps is None else {})
-            part = Queries(*(x[:, start : start + chunk] for x in queries))
-            outputs.append(self._decode(part, encoded, states[-1]))
-        for name in states[0] or ():
-            taps[name] = torch.cat([state[name] for state in states], dim=1)
-        parts = torch.cat(outputs, dim=1).split(SIZES, dim=-1)
+        chunk = self.decoder.chunk_size(len(queries.uv), self.head.weight.element_size())
+        decode = lambda *inputs: self._decode(Queries(*inputs[:-1]), encoded, inputs[-1])
+        parts = in_chunks(decode, queries, chunk, taps).split(SIZES, dim=-1)
         return Prediction(*(x.squeeze(-1) if size == 1 else x for x, size in zip(parts, SIZES)))
 
     def _decode(self, queries: Queries, encoded: Encoded, taps: dict[str, Tensor] | None) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from fourdperf.models.checkpoint import PretrainedModel
 from fourdperf.models.config import BaseConfig, check_choices, check_int, set_field
-from fourdperf.models.layers import LAYER_NORM_EPS, PreNormBlock, like, tap
+from fourdperf.models.layers import LAYER_NORM_EPS, PreNormBlock, like, linear_gelu, tap
 
 MODEL = "latent_classifier"
 KINDS = ("mlp", "transformer", "resnet")
@@ -95,7 +95,7 @@ class TransformerBlock(PreNormBlock):
 
     def forward(self, tokens: Tensor) -> Tensor:
         tokens = tokens + self.dropout(self.attention(self.attention_norm(tokens)))
-        hidden = F.gelu(self.mlp.dense_in(self.mlp_norm(tokens)), approximate=self.mlp.approximate)
+        hidden = linear_gelu(self.mlp_norm(tokens), self.mlp.dense_in, self.mlp.approximate)
         return tokens + self.dropout(self.mlp.dense_out(self.dropout(hidden)))
 
 

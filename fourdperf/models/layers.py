@@ -31,6 +31,25 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
 
+def linear_gelu(x: Tensor, layer: nn.Linear, approximate: str = "none") -> Tensor:
+    """F.gelu(layer(x), approximate=approximate); one pass of oneDNN (PyTorch's) on a CPU, where no gradient is needed."""
+    if _fuses(x, layer):
+        return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, "gelu", [], approximate)
+    return F.gelu(layer(x), approximate=approximate)
+
+
+def _fuses(x: Tensor, layer: nn.Module) -> bool:
+    """Only a plain linear layer does: a subclass, a hook, autocast or a compiler must see the layer's own call."""
+    if torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks or not x.numel():
+        return False
+    if x.dtype != layer.weight.dtype or torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.is_available():
+        return False
+    bf16 = x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return bf16 or x.dtype == torch.float32
+
+
 class PatchEmbedding(nn.Module):
     """One linear map of each patch: video `(B, T, H, W, C)` -> tokens `(B, t h w, D)`.
 
@@ -79,7 +98,7 @@ class MLP(nn.Module):
         self.dense_out = nn.Linear(hidden_size, features)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dense_out(F.gelu(self.dense_in(x), approximate=self.approximate))
+        return self.dense_out(linear_gelu(x, self.dense_in, self.approximate))
 
 
 class PreNormBlock(nn.Module):
@@ -193,7 +212,7 @@ class CrossDecoder(nn.Module):
     ):
         super().__init__()
         self.memory_budget = memory_budget
-        self.floats_per_query = 4 * features + mlp_size  # residual, normed, queries, heads; hidden
+        self.floats_per_query = 2 * features + 2 * mlp_size  # residual and normed; hidden before and after the GELU
         self.blocks = nn.ModuleList(
             CrossBlock(features, num_heads, mlp_size, memory_features or features, norm_memory, eps, approximate)
             for _ in range(num_layers)
@@ -207,24 +226,34 @@ class CrossDecoder(nn.Module):
 
     def forward(self, queries: Tensor, memory: Memory, taps: dict[str, Tensor] | None = None) -> Tensor:
         chunk = self.chunk_size(queries.shape[0], queries.element_size())
-        parts = [self._chunk(part, memory) for part in queries.split(chunk, dim=1)]
-        if taps is not None:
-            for layer, states in enumerate(zip(*parts)):
-                name = f"decoder/{layer:02d}" if layer < len(self.blocks) else "decoder/norm"
-                taps[name] = torch.cat(states, dim=1)
-        return torch.cat([states[-1] for states in parts], dim=1) if len(parts) > 1 else parts[0][-1]
+        return in_chunks(lambda part, taps: self._chunk(part, memory, taps), [queries], chunk, taps)
 
     def chunk_size(self, batch: int, element_size: int) -> int:
         """How many queries of each clip fit the budget: a multiple of 64, at least 64."""
         per_query = batch * self.floats_per_query * element_size
         return max(64, self.memory_budget // max(1, per_query) // 64 * 64)
 
-    def _chunk(self, tokens: Tensor, memory: Memory) -> list[Tensor]:
-        states = []
-        for block, keys, values in zip(self.blocks, memory.keys, memory.values):
+    def _chunk(self, tokens: Tensor, memory: Memory, taps: dict[str, Tensor] | None) -> Tensor:
+        for layer, (block, keys, values) in enumerate(zip(self.blocks, memory.keys, memory.values)):
             tokens = block(tokens, keys, values, memory.key_padding_mask)
-            states.append(tokens)
-        return [*states, self.norm(tokens)]
+            tap(taps, f"decoder/{layer:02d}", tokens)
+        tokens = self.norm(tokens)
+        tap(taps, "decoder/norm", tokens)
+        return tokens
+
+
+def in_chunks(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], size: int, taps: dict[str, Tensor] | None
+) -> Tensor:
+    """function(*inputs, taps), of `size` rows of axis 1 at a time; outputs and taps are joined along axis 1."""
+    found: list[dict[str, Tensor] | None] = []
+    outputs = []
+    for parts in zip(*(x.split(size, dim=1) for x in inputs)):
+        found.append(None if taps is None else {})
+        outputs.append(function(*parts, found[-1]))
+    for name in found[0] or ():
+        taps[name] = torch.cat([part[name] for part in found], dim=1)
+    return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]
 
 
 def take(x: Tensor, ids: Tensor) -> Tensor:

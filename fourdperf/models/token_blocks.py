@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fourdperf.models.layers import attention, like, tap
+from fourdperf.models.layers import attention, like, linear_gelu, tap
 
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -46,6 +46,8 @@ class MLP(nn.Module):
         self.dense_out = nn.Linear(hidden_size, features)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.activation is F.gelu:
+            return self.dense_out(linear_gelu(x, self.dense_in))
         return self.dense_out(self.activation(self.dense_in(x)))
 
 

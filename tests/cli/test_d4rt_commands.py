@@ -36,6 +36,7 @@ def test_compare(files, tmp_path, capsys):
     assert "layer outputs are within tolerance" in capsys.readouterr().out
     found = json.loads((tmp_path / "c.json").read_text())
     names = [error["layer"] for error in found["errors"]]
+    assert {error["dtype"] for error in found["errors"]} == {"float32", "bfloat16"}
     assert {"tokens", "encoder/01", "queries", "decoder/00", "outputs"} <= set(names)
     assert found["clip"] == [1, 4, 16, 16, 3] and found["passed"]
 
@@ -43,8 +44,8 @@ def test_compare(files, tmp_path, capsys):
 def test_compare_names_the_first_layer_that_differs(files, monkeypatch, capsys):
     load = D4RT.from_pretrained
 
-    def perturbed(path):
-        model = load(path)
+    def perturbed(path, **options):
+        model = load(path, **options)
         with torch.no_grad():
             model.decoder.blocks[0].mlp.dense_out.weight[0] += 1
         return model

@@ -1,5 +1,6 @@
 """D4RT's own promises: torch against Flax layer by layer, independent queries, clips of every kind, misuse."""
 
+import itertools
 import json
 import re
 
@@ -157,6 +158,26 @@ def test_chunks_change_nothing_and_bound_the_memory():
     assert set(widths) == {128, 300 - 2 * 128} and len(widths) == 9
     assert close(got, want, 1e-6)
     assert list(chunked) == list(taps) and all(chunked[name].shape == x.shape for name, x in taps.items())
+
+
+def peak_of_tensors(function):
+    """Bytes that live at once in a call, beyond what lived before."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        function()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
+@pytest.mark.parametrize("name", ["paper", "seed"])
+@torch.inference_mode()
+def test_memory_does_not_grow_with_the_queries(name):
+    model = build(name).eval()
+    inputs = clip(model, batch=1, queries=4096)
+    encoded = model.encode(inputs["video"])
+    model.decoder.memory_budget = 2**20
+    peak = peak_of_tensors(lambda: model.decode(encoded, inputs["queries"]))
+    joined = 2 * 4096 * 13 * 4  # the chunks' outputs, and all of them
+    assert 2**20 / 4 < peak <= 1.1 * 2**20 + joined
 
 
 def test_a_query_hears_of_no_other():

@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -110,10 +111,11 @@ class Encoder(nn.Module):
     """Video `(B, T, H, W, 3)` and ratio `(B,)` -> features `(B, t h w + 1, D)`."""
 
     config: Config
+    dtype: jnp.dtype = jnp.float32
 
     def setup(self):
         c = self.config
-        sizes = (c.num_heads, c.mlp_size, c.hidden_size, c.hidden_size, jnp.float32, c.norm_eps, c.gelu == "tanh")
+        sizes = (c.num_heads, c.mlp_size, c.hidden_size, c.hidden_size, self.dtype, c.norm_eps, c.gelu == "tanh")
         local = c.local_attention != "none"
         self.tokenizer = Tokenizer(c)
         self.layers = [EncoderBlock(*sizes, c if local and i % 2 == 0 else None) for i in range(c.num_layers)]
@@ -158,11 +160,12 @@ class QueryBuilder(nn.Module):
     """Queries and frames `(B, T, H', W', 3)` of any resolution -> query tokens `(B, N, E)`."""
 
     config: Config
+    dtype: jnp.dtype = jnp.float32
 
     def setup(self):
         c, width = self.config, self.config.decoder_size
         fourier, time, rgb = c.query_parts or (width, width, width)
-        self.fourier = nn.Dense(fourier)
+        self.fourier = nn.Dense(fourier, dtype=self.dtype)
         self.t_src, self.t_tgt, self.t_cam = (nn.Embed(c.num_frames, time) for _ in range(3))
         self.rgb = PatchMLP(rgb, c.gelu == "tanh") if c.rgb_embedding == "mlp" else PatchConv(rgb)
         if c.query_parts:
@@ -191,29 +194,34 @@ class QueryBuilder(nn.Module):
         how = {"mode": "bilinear", "coordinates": "centers", "border": "replicate"}
         if self.config.rgb_sampling == "round":
             how = {"mode": "round", "coordinates": "scaled", "border": "shift"}
-        patches = gather_patches(frames, queries.t_src, queries.uv, self.config.rgb_size, **how).astype(jnp.float32)
+        patches = gather_patches(frames, queries.t_src, queries.uv, self.config.rgb_size, **how).astype(self.dtype)
         if frames.dtype == jnp.uint8:
             patches = patches / 255
         return 2 * patches - 1 if self.config.centered else patches
 
 
 class D4RT(nn.Module):
-    """D4RT: `model.apply(variables, video, queries)`, or `encode` and `decode` as methods; see the PyTorch class."""
+    """D4RT: `model.apply(variables, video, queries)`, or `encode` and `decode` as methods; see the PyTorch class.
+
+    Variables, video and ratio are of `dtype`, (u, v) is fp32 and so are the answers.
+    """
 
     config: Config
+    dtype: jnp.dtype = jnp.float32
 
     def setup(self):
         c = self.config
-        self.encoder = Encoder(c)
+        self.encoder = Encoder(c, self.dtype)
         if c.project_memory:
             self.memory_projection = nn.Dense(c.decoder_size)
-        self.query_builder = QueryBuilder(c)
+        self.query_builder = QueryBuilder(c, self.dtype)
         self.decoder = CrossDecoder(
             *(c.decoder_size, c.decoder_layers, c.decoder_heads, c.decoder_mlp_size),
             eps=c.norm_eps,
             approximate=c.gelu == "tanh",
+            dtype=self.dtype,
         )
-        self.head = nn.Dense(sum(SIZES))
+        self.head = nn.Dense(sum(SIZES), dtype=jnp.float32)
 
     def __call__(
         self,
@@ -234,7 +242,7 @@ class D4RT(nn.Module):
     ) -> Encoded:
         batch, _, height, width, _ = video.shape
         if aspect_ratio is None:
-            aspect_ratio = jnp.full(batch, 0.0 if self.config.aspect_token == "scaled" else width / height)
+            aspect_ratio = jnp.full(batch, 0.0 if self.config.aspect_token == "scaled" else width / height, video.dtype)
         features = self.encoder(video, aspect_ratio, taps)
         memory = self.memory_projection(features) if self.config.project_memory else features
         return Encoded(features, self.decoder.prepare(memory), video if patch_video is None else patch_video)
@@ -248,13 +256,14 @@ class D4RT(nn.Module):
         return Prediction(*(x.squeeze(-1) if size == 1 else x for x, size in zip(parts, SIZES)))
 
 
-def from_pretrained(path: str | os.PathLike) -> tuple[D4RT, dict]:
-    """The model of a directory written by the PyTorch model's `save_pretrained`, and its variables in fp32.
+def from_pretrained(path: str | os.PathLike, dtype: str = "float32") -> tuple[D4RT, dict]:
+    """The model of a directory written by the PyTorch model's `save_pretrained`, and its variables, in `dtype`.
 
     Raises CheckpointError (a ValueError) that names the file, and the keys that are missing, unknown or misshapen.
     """
     config, state = read_pretrained(path, MODEL, Config, TorchD4RT)
-    return D4RT(config), {"params": flax_params({key: x.float().numpy() for key, x in state.items()}, config)}
+    params = flax_params({key: x.float().numpy() for key, x in state.items()}, config)
+    return D4RT(config, jnp.dtype(dtype)), {"params": jax.tree.map(lambda x: jnp.asarray(x, dtype), params)}
 
 
 def flax_params(state: Mapping[str, np.ndarray], config: Config) -> dict:
