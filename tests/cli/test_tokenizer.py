@@ -15,6 +15,7 @@ from fourdperf.metrics.codecs import CODECS
 from fourdperf.models import titok, token_generator, tokenizer
 from fourdperf.models.tokenizers import decode, encode, fingerprint, load_tokenizer
 from tests.models.tokenizer_cases import PIXELS, SEED, TITOK, TOKENS
+from tests.train.processes import torchrun
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 COUNT, SIZE = 5, (16, 24)
@@ -235,3 +236,20 @@ def test_evaluation_writes_numbers_and_pictures(models, pictures, tmp_path, monk
     assert 1 <= found["perplexity"] <= 20 and len(found["usage by place"]) == len(found["perplexity by place"]) == 5
     assert all(read(out / f"{picture}.png").float().std() > 0 for picture in PICTURES)
     assert main([*command, "--views=0"]) == 0
+
+
+@pytest.mark.parametrize("name", ["seed", "vae"])
+def test_two_processes_measure_what_one_does(models, pictures, tmp_path, name):
+    """Of three pictures, of which one process has one and the other two."""
+    command = ["evaluate", "tokenizer", str(models / name), f"--data_path={pictures}", "--split=train", "--views=2"]
+    assert main([*command, f"--out={tmp_path / 'one'}"]) == 0
+    done = torchrun(*command, f"--out={tmp_path / 'two'}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("wrote ") == 1
+    one, two = (json.loads((tmp_path / number / "evaluation.json").read_text()) for number in ("one", "two"))
+    assert one["images"] == 3 and one.keys() == two.keys()
+    for measure, value in one.items():
+        assert two[measure] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-6)), measure
+    written = sorted((tmp_path / "one").glob("*.png"))
+    assert len(written) >= 2
+    assert all(torch.equal(read(path), read(tmp_path / "two" / path.name)) for path in written)
