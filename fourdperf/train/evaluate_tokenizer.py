@@ -134,9 +134,9 @@ def influence(model: Tokenizer | TiTok, images: Tensor, batch_size: int = 16) ->
     codes = encode(model, images)
     other, before = codes.roll(1, 0), torch.cat([decode(model, part) for part in codes.split(batch_size)])
     found = []
-    for place in tqdm(range(codes.shape[1]), desc="replacing tokens", unit="token", disable=None):
+    for token in tqdm(range(codes.shape[1]), desc="replacing tokens", unit="token", disable=None):
         changed = codes.clone()
-        changed[:, place] = other[:, place]
+        changed[:, token] = other[:, token]
         after = torch.cat([decode(model, part) for part in changed.split(batch_size)])
         found.append(F.avg_pool2d((after - before).abs().mean((0, 3))[None], model.config.patch_size)[0])
     return torch.stack(found).cpu()
