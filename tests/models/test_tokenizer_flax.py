@@ -17,7 +17,14 @@ flax_params = pytest.importorskip("fourdperf.jax.models.pretrained").flax_params
 NAMES = {tokenizer: "Tokenizer", maskgit_vqgan: "MaskGITVQGAN", titok: "TiTok", token_generator: "TokenGenerator"}
 LIVE = {
     "tokenizer": (tokenizer, tokenizer.Config(**SEED)),
-    "tokenizer, quick_gelu, wide heads, norm_pre": (tokenizer, tokenizer.Config(**SEED, activation="quick_gelu", head_dim=5, norm_pre=True)),
+    "tokenizer, quick_gelu, wide heads, norm_pre": (
+        tokenizer,
+        tokenizer.Config(**SEED, activation="quick_gelu", head_dim=5, norm_pre=True),
+    ),
+    "tokenizer, layer_scale, no patch_bias": (
+        tokenizer,
+        tokenizer.Config(**SEED, layer_scale=True, patch_bias=False),
+    ),
     "tokenizer, upstream": (tokenizer, tokenizer.Config.upstream(**SEED | {"image_size": 16, "patch_size": 4})),
     "tokenizer, upstream's encoder": (tokenizer, tokenizer.Config.upstream(False, **SEED | {"image_size": 16})),
     "vqgan": (maskgit_vqgan, maskgit_vqgan.Config(**PIXELS)),

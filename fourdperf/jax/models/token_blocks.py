@@ -53,6 +53,7 @@ class Block(nn.Module):
     eps: float = 1e-5
     post_norm: bool = False
     joined: bool = False
+    layer_scale: bool = False
 
     def setup(self):
         self.attention_norm, self.mlp_norm = nn.LayerNorm(self.eps), nn.LayerNorm(self.eps)
@@ -60,6 +61,11 @@ class Block(nn.Module):
         self.mlp = MLP(self.mlp_size, self.activation)
         if self.joined:
             self.skip = nn.Dense(self.features)
+        if self.layer_scale:
+            names = ("attention_scale", "mlp_scale")
+            self.attention_scale, self.mlp_scale = (
+                self.param(x, nn.initializers.ones, (self.features,)) for x in names
+            )
 
     def __call__(self, tokens: Array, skip: Array | None = None) -> Array:
         if self.joined:
@@ -67,8 +73,9 @@ class Block(nn.Module):
         if self.post_norm:
             tokens = self.attention_norm(tokens + self.attention(tokens))
             return self.mlp_norm(tokens + self.mlp(tokens))
-        tokens = tokens + self.attention(self.attention_norm(tokens))
-        return tokens + self.mlp(self.mlp_norm(tokens))
+        attention_scale, mlp_scale = (self.attention_scale, self.mlp_scale) if self.layer_scale else (1, 1)
+        tokens = tokens + attention_scale * self.attention(self.attention_norm(tokens))
+        return tokens + mlp_scale * self.mlp(self.mlp_norm(tokens))
 
 
 class TokenEncoder(nn.Module):
@@ -87,19 +94,21 @@ class TokenEncoder(nn.Module):
     activation: str = "gelu"
     eps: float = 1e-5
     pre: bool = False
+    patch_bias: bool = True
+    layer_scale: bool = False
     class_position: bool = True
     latent_layout: str = "token"
 
     def setup(self):
         patch, places = (self.patch_size,) * 2, self.class_position + self.grid[0] * self.grid[1] + self.num_latents
-        self.patch_embed = nn.Conv(self.features, patch, patch, padding="VALID")
+        self.patch_embed = nn.Conv(self.features, patch, patch, padding="VALID", use_bias=self.patch_bias)
         self.class_token = self.param("class_token", TOKEN, (self.features,))
         self.latent_tokens = self.param("latent_tokens", TOKEN, (self.num_latents, self.features))
         self.positions = self.param("positions", TOKEN, (places, self.features))
         if self.pre:
             self.norm_pre = nn.LayerNorm(self.eps)
-        options = (self.head_dim, self.qkv_bias, self.activation, self.eps)
-        self.blocks = [Block(self.features, self.num_heads, self.mlp_size, *options) for _ in range(self.num_layers)]
+        sizes = (self.features, self.num_heads, self.mlp_size, self.head_dim, self.qkv_bias, self.activation, self.eps)
+        self.blocks = [Block(*sizes, layer_scale=self.layer_scale) for _ in range(self.num_layers)]
         self.norm, self.out = nn.LayerNorm(self.eps), nn.Dense(self.channels)
 
     def __call__(self, images: Array, taps: dict[str, Array] | None = None) -> Array:

@@ -103,7 +103,7 @@ class Tokenizer(nn.Module, Pretrained):
         self.encoder = TokenEncoder(
             *((c.image_size[0] // c.patch_size, c.image_size[1] // c.patch_size), c.patch_size, c.num_latents),
             *(c.latent_channels, c.hidden_size, c.num_layers, c.num_heads, c.mlp_size, c.head_dim, c.qkv_bias),
-            *(c.activation, c.norm_eps, c.norm_pre, c.class_position, c.latent_layout),
+            *(c.activation, c.norm_eps, c.norm_pre, c.patch_bias, c.layer_scale, c.class_position, c.latent_layout),
         )
         self.quantizer = VectorQuantizer(c.codebook_size, c.latent_channels)
         self.decoder = Decoder(c)
