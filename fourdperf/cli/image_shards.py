@@ -21,10 +21,10 @@ def image_shards(
     skip_bad: bool = False,
     seed: int = 0,
 ) -> None:
-    """Writes tar shards of images, with labels where there are some, by split: what --data_path of fourdperf train
-    tokenizer, train image_mae and evaluate tokenizer read, and any WebDataset reader.
+    """Writes tar shards of images by split, with their labels where there are some.
 
-    The splits, and who is in them, are those of training on the images themselves. The same command goes on where a
+    --data_path of fourdperf train tokenizer, train image_mae and evaluate tokenizer reads them, and so do all readers of
+    WebDataset. The splits, and who is in them, are those of training on the images themselves. The same command goes on where a
     kill has stopped it; under torchrun the processes share the shards. overview.png shows some of the images.
 
     Args:

@@ -196,12 +196,14 @@ def test_generated_images_follow_the_seed_and_decode_from_their_codes(models, tm
         "again": ["--classes", "0", "2", "--count=2"],
         "other": ["--classes", "0", "2", "--count=2", "--seed=1"],
         "free": ["--count=3", "--batch_size=2"],
+        "half": ["--classes", "0", "2", "--count=2", "--dtype=bfloat16"],
     }.items():
         assert main([*command, *options, f"--out={tmp_path / name}"]) == 0
         runs[name] = TokenFile(tmp_path / name / "codes.tok")
     read_all = lambda file: file.read(0, len(file))
     assert torch.equal(read_all(runs["a"]), read_all(runs["again"]))
     assert not torch.equal(read_all(runs["a"]), read_all(runs["other"]))
+    assert len(runs["half"]) == 4 and runs["half"].description.fingerprint == runs["a"].description.fingerprint
     assert runs["a"].description.labels == (0, 0, 2, 2) and len(runs["free"]) == 3
     names = [path.name for path in sorted((tmp_path / "a").glob("0*"))]
     assert names == ["000000_class0.png", "000001_class0.png", "000002_class2.png", "000003_class2.png"]
