@@ -45,6 +45,9 @@ def cases(device: str):
 def _round_trip(model: Tokenizer, images: torch.Tensor, dtype: str) -> Case:
     plain, plain_images = model, images
     model, images = (copy.deepcopy(x).to(getattr(torch, dtype)) for x in (model, images))
+    theirs = model
+    if images.device.type == "cpu":
+        model = copy.deepcopy(model).to(memory_format=torch.channels_last)
     indices = torch.arange(model.config.num_latents, device=images.device)[None]
 
     def ours():
@@ -57,7 +60,7 @@ def _round_trip(model: Tokenizer, images: torch.Tensor, dtype: str) -> Case:
         z = seed.encode(model, images)[0]
         return z.squeeze(2).transpose(1, 2), seed.decode(model, codes).permute(0, 2, 3, 1)
 
-    providers = {"fourdperf": ours, "seed style": lambda: seed_style(model, images)}
+    providers = {"fourdperf": ours, "seed style": lambda: seed_style(theirs, images)}
     if dtype != "float32":
         providers["seed style, float32"] = lambda: seed_style(plain, plain_images)
     providers["fourdperf, compiled"] = _compiled(ours)

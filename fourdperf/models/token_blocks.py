@@ -13,10 +13,16 @@ from torch import Tensor, nn
 
 from fourdperf.models.layers import attention, like, tap
 
+
+def _tanh(x: Tensor) -> Tensor:
+    """On a CPU, in fp32: half the time of PyTorch's in bf16."""
+    return x.float().tanh().to(x.dtype) if x.dtype == torch.bfloat16 and x.device.type == "cpu" else x.tanh()
+
+
 ACTIVATIONS = {
     "gelu": F.gelu,
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),  # OpenAI's CLIP
-    "tanh": torch.tanh,
+    "tanh": _tanh,
 }
 LATENT_LAYOUTS = ("token", "upstream")
 

@@ -29,6 +29,7 @@ from fourdperf.models.convolutions import (
     UpConv3x3,
     channels_last,
     group_norm,
+    swish,
 )
 from fourdperf.models.layers import tap
 from fourdperf.models.quantizer import BETA_ON, VectorQuantizer
@@ -215,7 +216,7 @@ class Decoder(nn.Module):
         for index, level in enumerate(self.levels):
             x = level(x)
             tap(taps, f"decoder/{index:02d}", x)
-        return self.out(F.silu(self.norm(x))).permute(0, 2, 3, 1)
+        return self.out(swish(self.norm(x))).permute(0, 2, 3, 1)
 
 
 class Level(nn.Module):
@@ -236,7 +237,10 @@ class Level(nn.Module):
 
 
 class Tokenizer(PretrainedModel):
-    """Pictures to codes and back: `model.encode(images)`, `model.decode(latents)`, `model.decode_indices(indices)`."""
+    """Pictures to codes and back: `model.encode(images)`, `model.decode(latents)`, `model.decode_indices(indices)`.
+
+    On a CPU `model.to(memory_format=torch.channels_last)` spares a copy of the convolutions' weights in every pass.
+    """
 
     MODEL, CONFIG = MODEL, Config
 
