@@ -32,7 +32,7 @@ SHARED = (
     "token_blocks",
     "tokenizers",
 )
-OF_TOKENIZER = ("maskgit_vqgan", "titok", "token_generator")  # one mirror, converter and test file with tokenizer.py
+OF_TOKENIZER = ("maskgit_vqgan", "titok", "token_generator")  # one converter and test file with tokenizer.py
 FOR_TRAINING = ("discriminators", "encoder_init", "encoder_weights", "image_mae", "perceptual")  # in PyTorch alone
 APART = (*SHARED, *OF_TOKENIZER, *FOR_TRAINING)
 MODELS = [file.stem for file in (ROOT / "fourdperf/models").glob("*.py") if file.stem not in APART]
@@ -66,3 +66,8 @@ def test_the_readme_has_a_row_for_every_op(op):
 )
 def test_every_model_has_every_piece(model, piece):
     assert (ROOT / piece.format(model)).is_file(), f"{piece.format(model)} is missing"
+
+
+@pytest.mark.parametrize("part", [*OF_TOKENIZER, "convolutions", "quantizer", "token_blocks"])
+def test_every_part_of_tokenizers_has_its_mirror(part):
+    assert (ROOT / f"fourdperf/jax/models/{part}.py").is_file()

@@ -62,4 +62,7 @@ def open_tokenizer(path: Path | None, device: Device, option: str = "--model") -
         )
     model = load_tokenizer(path)
     check_pictures(model)
-    return model.to(pick_device(device)).requires_grad_(False)
+    model = model.to(pick_device(device)).requires_grad_(False)
+    if model.encoder.positions.device.type == "cpu":
+        model.to(memory_format=torch.channels_last)  # of kernels, which convolutions there would copy every time
+    return model

@@ -45,7 +45,8 @@ def convert(
     The files are 4DS's released .npz, the .pth, .ckpt or .safetensors of the port of D4RT called d4rt, and the trees of
     the JAX port spatial_functa and its classifiers and of Neural Isometries: .msgpack, .npz, or a folder of orbax
     (.orbax where it is written); TiTok's tokenizers and generators and MaskGIT's VQGAN, .bin or .safetensors, and the
-    .ckpt of the 1-D tokenizer on taming-transformers.
+    .ckpt of the 1-D tokenizer on taming-transformers, with an encoder of its own or a MAE's, DINO's, CLIP's, DINOv2's
+    or Depth Anything v2's.
 
     Args:
         source: The file, or the folder.

@@ -30,7 +30,8 @@ def tokenizer(
 
     The pictures are reconstructions, the histogram of codes, usage by place, clusters of codes that come together,
     where in a picture a token matters, and patches by code. Where weights of Inception or LPIPS are absent, another
-    measure stands in under a name of its own.
+    measure stands in under a name of its own. Under torchrun (torchrun --nproc_per_node 2 -m fourdperf evaluate
+    tokenizer ...) the processes share the images, and the numbers are those of one.
 
     Args:
         run: The folder of a run of fourdperf train tokenizer, or of a tokenizer.
@@ -57,17 +58,21 @@ def tokenizer(
     from fourdperf.models.perceptual import perceptual_or_substitute
     from fourdperf.train.evaluate_d4rt import format_table
     from fourdperf.train.evaluate_tokenizer import influence, measure
+    from fourdperf.train.processes import processes
     from fourdperf.train.tokenizer_views import evaluation_pictures
 
-    model = open_tokenizer(run, device, "run")
-    where = model.encoder.positions.device
-    data_path = data_path or _data_of(run)
-    images = open_image_set(data_path, split, model.config.image_size)
-    means = open_features(features, where), perceptual_or_substitute(vgg, linear).to(where)
-    try:
-        found = measure(model, images, *means, count=items, batch_size=batch_size, workers=workers)
-    except (ValueError, OSError) as error:
-        raise plain_error(error) from error
+    with processes() as (rank, _):
+        model = open_tokenizer(run, device, "run")
+        where = model.encoder.positions.device
+        data_path = data_path or _data_of(run)
+        images = open_image_set(data_path, split, model.config.image_size)
+        means = open_features(features, where), perceptual_or_substitute(vgg, linear).to(where)
+        try:
+            found = measure(model, images, *means, count=items, batch_size=batch_size, workers=workers)
+        except (ValueError, OSError) as error:
+            raise plain_error(error) from error
+    if rank:
+        return
     changes = None
     if views:
         sample = torch.stack([images[index][0] for index in range(min(views, len(images)))])

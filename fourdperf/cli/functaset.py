@@ -1,22 +1,21 @@
 """``fourdperf functaset``: fit every image of a data set with a trained functa, and look at what the latents hold."""
 
-import contextlib
-import datetime
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import cv2
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from fourdperf.cli.checkpoints import Device, pick_device
 from fourdperf.cli.report import Table
 from fourdperf.data.pictures import enlarge, label, side_by_side, stack
 from fourdperf.data.video import write_animation, write_png
+from fourdperf.train.processes import processes
 
 if TYPE_CHECKING:
     from fourdperf.data.functaset import Functaset, Recipe
@@ -84,7 +83,7 @@ def create(
     recipe = Recipe(dataset, augmentations, seed, type(AUGMENTATIONS[dataset])(**fields), images, steps, block)
     pictures = {split: open_recipe_images(recipe, split, data_path, model) for split in SPLITS}
     start = time.monotonic()
-    with _processes() as (rank, ranks, barrier):
+    with processes() as (rank, ranks):
         done = create_functaset(
             model,
             pictures,
@@ -92,7 +91,7 @@ def create(
             recipe,
             rank=rank,
             ranks=ranks,
-            barrier=barrier,
+            barrier=dist.barrier if ranks > 1 else lambda: None,
             batch_size=batch_size,
             root=data_path,
             progress=rank == 0,
@@ -245,22 +244,6 @@ def _options(run: Path) -> dict:
     except (OSError, ValueError):
         return {}
     return known if isinstance(known, dict) else {}
-
-
-@contextlib.contextmanager
-def _processes() -> Iterator[tuple[int, int, Callable[[], None]]]:
-    """This process's number, how many torchrun has started, and what waits for all of them."""
-    rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-    if ranks == 1:
-        yield rank, ranks, lambda: None
-        return
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))  # shares may take very different times
-    try:
-        yield rank, ranks, dist.barrier
-    finally:
-        dist.destroy_process_group()
 
 
 def _open(folder: Path, split: str, device: Device) -> tuple["Functaset", "Functa"]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from fourdperf.cli.checkpoints import Device, open_tokenizer, pick_device
+from fourdperf.cli.checkpoints import Device, Dtype, open_tokenizer, pick_device
 from fourdperf.cli.tokenize import describe
 from fourdperf.cli.training import check_at_least_one
 from fourdperf.data.files import output_folder
@@ -35,6 +35,7 @@ def generate(
     out: Path = Path("generated"),
     seed: int = 0,
     batch_size: int = 16,
+    dtype: Dtype = "float32",
     device: Device = "auto",
 ) -> None:
     """Writes new images: a PNG each, grid.png, and codes.tok with their codes.
@@ -50,13 +51,15 @@ def generate(
         out: The folder for the images.
         seed: Of the noise; with --batch_size it decides the images.
         batch_size: Images at once.
+        dtype: Number type of the computation: bfloat16 is several times as fast where the processor has it, and gives
+            other images of the same seed.
         device: Where to compute.
     """
     check_at_least_one(locals(), "count", "steps", "batch_size")
     if generator is None:
         raise ValueError("--generator: wanted the folder of a token generator, or of its run, got none")
-    decoder = open_tokenizer(tokenizer, device, "--tokenizer")
-    model = load_generator(generator).to(pick_device(device)).requires_grad_(False)
+    decoder = open_tokenizer(tokenizer, device, "--tokenizer").to(getattr(torch, dtype))
+    model = load_generator(generator).to(pick_device(device), getattr(torch, dtype)).requires_grad_(False)
     check_fit(model, decoder)
     told = [None] * count if classes is None else [number for number in classes for _ in range(count)]
     options = {"steps": steps, "guidance": guidance, "temperature": temperature}

@@ -23,6 +23,7 @@ COMMANDS = {
     "fit": "learn fields that fit images in a few steps, or go on with a run",
     "functaset": "fit every image of a data set with a functa, and look at the latents",
     "niso_data": "raw data sets, or stand-ins, as shards that Neural Isometries train on",
+    "image_shards": "images as WebDataset shards, to train tokenizers on",
     "tokenize": "images as a file of tokens, a few dozen bytes each",
     "detokenize": "the images of a file of tokens",
     "reconstruct_images": "images through tokenizers of 16 to 256 tokens, beside JPEG and WebP of equal bytes",

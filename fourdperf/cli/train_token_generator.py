@@ -88,7 +88,8 @@ def token_generator(
         devices: Processes per node, one per device.
         num_nodes: Nodes, under torchrun or SLURM.
         accelerator: Where to train.
-        strategy: How several devices share the work.
+        strategy: How several devices share the work: ddp, each with the whole model; fsdp, each with a part of the
+            parameters, on GPUs or CPUs. One process goes on from what either has written.
         precision: Number type of the computation.
         accumulate_grad_batches: Batches per optimiser step.
         ckpt: The checkpoint to go on from; the other options must be those of its run.

@@ -92,8 +92,8 @@ def tokenizer(
     installed, and options.json.
 
     Args:
-        data_path: A folder of images, a list of files (.txt), WebDataset shards (.tar) or HDF5 (.h5); without it,
-            synthetic scenes and photographs that come with scikit-learn.
+        data_path: A folder of images, a list of files (.txt), WebDataset shards (.tar; fourdperf image_shards writes
+            them) or HDF5 (.h5); without it, synthetic scenes and photographs that come with scikit-learn.
         family: tokenizer, the seed's (ViT, convolutional decoder); or titok (a ViT on either side).
         variant: The size of the model: tiny; small, base or large for tokenizer, of TiTok a release's such as b64.
         image_size: Height and width; by default 64 for tiny, else 256.
@@ -134,7 +134,8 @@ def tokenizer(
         devices: Processes per node, one per device.
         num_nodes: Nodes, under torchrun or SLURM.
         accelerator: Where to train.
-        strategy: How several devices share the work.
+        strategy: How several devices share the work: ddp, each with the whole model; fsdp, each with a part of the
+            parameters, on GPUs or CPUs. One process goes on from what either has written.
         precision: Number type of the computation; codes are searched for in fp32.
         accumulate_grad_batches: Batches per optimiser step.
         ckpt: The checkpoint to go on from; the other options must be those of its run.

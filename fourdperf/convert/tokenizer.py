@@ -1,6 +1,7 @@
 """Tokenizers and generators of pictures of other projects, to a checkpoint directory of ours, and back.
 
-Of the seed's 1d-tokenizer the Lightning checkpoints, with either encoder; of bytedance/1d-tokenizer (TiTok) tokenizers,
+Of the seed's 1d-tokenizer the Lightning checkpoints, with its own encoder or timm's ViTs: MAE's, DINO's, CLIP's (a norm
+before the blocks, no bias of patches) and DINOv2's or Depth Anything v2's (LayerScale); of bytedance/1d-tokenizer (TiTok) tokenizers,
 MaskGIT's VQGAN and generators, as `.bin` or `.safetensors`. The result computes what the original computes:
 `Config.upstream` and the fields of the variants name every choice of the originals that is not ours.
 """
@@ -78,9 +79,21 @@ BERT = Names(
 )
 
 
-def block(ours: str, theirs: str, names: Names, width: int, mlp_size: int, inner: int | None = None) -> list[Row]:
+SCALES = {"attention_scale": "ls1.gamma", "mlp_scale": "ls2.gamma"}  # timm's
+
+
+def block(
+    ours: str,
+    theirs: str,
+    names: Names,
+    width: int,
+    mlp_size: int,
+    inner: int | None = None,
+    layer_scale: bool = False,
+) -> list[Row]:
     """A transformer block; `inner`: width of all heads together."""
     inner = inner or width
+    scales = SCALES.items() if layer_scale else ()
     rows = norm(f"{ours}.attention_norm", f"{theirs}.{names.attention_norm}", width)
     for kind, sources, shape in (("weight", names.qkv[0], (width,)), ("bias", names.qkv[1], ())):
         if sources:
@@ -93,6 +106,7 @@ def block(ours: str, theirs: str, names: Names, width: int, mlp_size: int, inner
         *norm(f"{ours}.mlp_norm", f"{theirs}.{names.mlp_norm}", width),
         *linear(f"{ours}.mlp.dense_in", f"{theirs}.{names.dense_in}", width, mlp_size),
         *linear(f"{ours}.mlp.dense_out", f"{theirs}.{names.dense_out}", mlp_size, width),
+        *(same(f"{ours}.{scale}", f"{theirs}.{source}", width) for scale, source in scales),
     ]
 
 
@@ -142,10 +156,12 @@ def tokenizer_table(config: tokenizer.Config) -> list[Row]:
                 *("encoder.positions", "encoder.pos_embed", 1 + patches + c.num_latents, width),
                 source=(1, 1 + patches + c.num_latents, width),
             ),
-            *conv("encoder.patch_embed", "encoder.patch_embed.proj", 3, width, c.patch_size),
+            *conv("encoder.patch_embed", "encoder.patch_embed.proj", 3, width, c.patch_size, bias=c.patch_bias),
             *norm("encoder.norm", "encoder.norm", width),
             *linear("encoder.out", "ln", width, c.latent_channels),
         ]
+        if c.norm_pre:
+            rows += norm("encoder.norm_pre", "encoder.norm_pre", width)
         names, prefix = TIMM if c.qkv_bias else UVIT, "encoder.blocks"
     else:
         places = ("encoder.en_pos_embedding", (1, patches, width))
@@ -161,7 +177,8 @@ def tokenizer_table(config: tokenizer.Config) -> list[Row]:
         names, prefix = SEED, "encoder.transformer.layers"
     inner = c.num_heads * (c.head_dim or width // c.num_heads)
     for index in range(c.num_layers):
-        rows += block(f"encoder.blocks.{index}", f"{prefix}.{index}", names, width, c.mlp_size, inner)
+        where = f"encoder.blocks.{index}", f"{prefix}.{index}"
+        rows += block(*where, names, width, c.mlp_size, inner, c.layer_scale)
     return rows + _tokenizer_decoder(c)
 
 
@@ -188,8 +205,20 @@ def _tokenizer_decoder(c: tokenizer.Config) -> list[Row]:
     return rows + conv("decoder.out", "decoder.conv_out", widths[-1], 3, 3)
 
 
+CLIP_COMPUTES = {"activation": "quick_gelu", "norm_eps": 1e-5}
+CLIP_WARNING = (
+    "activation: no array tells that of CLIP's encoder; taken is OpenAI's, quick_gelu, which timm's "
+    "vit_base_patch16_clip_quickgelu_224 has. One that was made as vit_base_patch16_clip_224 needs gelu (fourdperf convert "
+    "--fields.activation gelu)"
+)
+
+
 def infer_tokenizer(shapes: Shapes, overrides: Mapping) -> tokenizer.Config:
-    """No array shows num_heads nor head_dim, which is 64 where it is not given; image_size is a square."""
+    """No array shows num_heads nor head_dim, which is 64 where it is not given; image_size is a square.
+
+    An encoder with a norm before its blocks is CLIP's, whose activation no array shows either: a warning tells which is
+    taken.
+    """
     pretrained = "encoder.cls_token" in shapes
     prefix = "encoder.blocks.{}." if pretrained else "encoder.transformer.layers.{}."
     names = TIMM if pretrained else SEED
@@ -219,6 +248,13 @@ def infer_tokenizer(shapes: Shapes, overrides: Mapping) -> tokenizer.Config:
         "res_blocks": _count(shapes, "decoder.up.0.block.{}.norm1.weight") - 1,
         **{"attention_sizes": attention[::-1], "grid": grid},
     }
+    if pretrained:
+        fields["patch_bias"] = "encoder.patch_embed.proj.bias" in shapes
+        fields["layer_scale"] = first + SCALES["mlp_scale"] in shapes
+        if "encoder.norm_pre.weight" in shapes:
+            fields |= {"norm_pre": True, **CLIP_COMPUTES}
+            if "activation" not in overrides:
+                warnings.warn(CLIP_WARNING, stacklevel=2)
     return tokenizer.Config.upstream(pretrained, **{**fields, **overrides})
 
 

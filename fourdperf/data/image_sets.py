@@ -5,7 +5,7 @@
     LIST.txt            a path a line, relative to the list's folder or absolute (BDD100K, taming-transformers)
     SHARDS.tar          WebDataset: NAME.jpg or .png, with NAME.cls or NAME.json {"label": 3} where there are labels;
                         also patterns such as train-{0000..0099}.tar and 'bdd/*.tar'. Shards are indexed once, and read
-                        in any order; NAME has no dots
+                        in any order; NAME has no dots. `fourdperf image_shards` writes some
     PICTURES.h5         data set images, uint8 (N, H, W, 3), RGB, and labels, integers (N,), or none; patterns, too
 
 A list, shard or HDF5 file whose name has the word train, val or test is of that split, and others are then left out; of
@@ -183,7 +183,7 @@ def _by_split(files: Sequence[Path]) -> dict[str, list[Path]]:
 
 
 class FilePictures:
-    """Of image files."""
+    """Of image files. name(i): of one, for people; file(i): the same, and its bytes."""
 
     def __init__(self, paths: Sequence[Path]):
         self.paths = list(paths)
@@ -191,9 +191,15 @@ class FilePictures:
     def __len__(self) -> int:
         return len(self.paths)
 
+    def name(self, index: int) -> str:
+        return str(self.paths[index])
+
+    def file(self, index: int) -> tuple[str, bytes]:
+        return self.name(index), self.paths[index].read_bytes()
+
     def __getitem__(self, index: int) -> np.ndarray:
-        path = self.paths[index]
-        return decode_image(path.read_bytes(), str(path), cv2.IMREAD_COLOR_RGB)
+        name, content = self.file(index)
+        return decode_image(content, name, cv2.IMREAD_COLOR_RGB)
 
 
 def _read_lists(files: Sequence[Path]) -> tuple[FilePictures, None]:
@@ -222,7 +228,7 @@ class Member(NamedTuple):
 
 
 class TarPictures:
-    """Of members of shards."""
+    """Of members of shards; see `FilePictures`."""
 
     def __init__(self, members: Sequence[Member]):
         self.members = list(members)
@@ -230,9 +236,15 @@ class TarPictures:
     def __len__(self) -> int:
         return len(self.members)
 
+    def name(self, index: int) -> str:
+        return f"{self.members[index].shard}: {self.members[index].name}"
+
+    def file(self, index: int) -> tuple[str, bytes]:
+        return self.name(index), self.members[index].read()
+
     def __getitem__(self, index: int) -> np.ndarray:
-        member = self.members[index]
-        return decode_image(member.read(), f"{member.shard}: {member.name}", cv2.IMREAD_COLOR_RGB)
+        name, content = self.file(index)
+        return decode_image(content, name, cv2.IMREAD_COLOR_RGB)
 
 
 def _read_shards(files: Sequence[Path]) -> tuple[TarPictures, list[int] | None]:

@@ -61,6 +61,16 @@ def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
 
 
+def swish(x: Tensor) -> Tensor:
+    """x sigmoid(x) of what nobody else needs: in its place where there are no gradients."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
+def added(x: Tensor, out: Tensor) -> Tensor:
+    """x + out, in the place of `out`, which nobody else needs, where there are no gradients."""
+    return x + out if torch.is_grad_enabled() else out.add_(x)
+
+
 class ResBlock(nn.Module):
     """x + conv(swish(norm(conv(swish(norm(x)))))), with a 1x1 convolution for the sum where the channels change.
 
@@ -77,11 +87,11 @@ class ResBlock(nn.Module):
         self.skip = nn.Conv2d(channels, outputs, 1, bias=bias) if inputs != outputs else None
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.conv_in(F.silu(self.norm_in(x)))
-        out = self.conv_out(F.silu(self.norm_out(out)))
+        out = self.conv_in(swish(self.norm_in(x)))
+        out = self.conv_out(swish(self.norm_out(out)))
         if self.skip is None:
-            return x + out
-        return out + self.skip(x if self.shortcut == "input" else out)
+            return added(x, out)
+        return added(out, self.skip(x if self.shortcut == "input" else out))
 
 
 class PixelAttention(nn.Module):

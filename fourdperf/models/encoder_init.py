@@ -13,7 +13,7 @@ tokens, their positions and the map to latents stay as they are. What differs is
                    (FlexiViT's pseudo-inverse, arXiv 2212.08013); of a video: summed over its frames. The mean and the
                    deviation of the pixels that the ViT was trained with are folded into kernel and bias
     positions      bicubic, to the grid of the tokenizer; of a video: their mean over time
-    LayerScale     folded into the linear layers before it (DINOv2)
+    LayerScale     folded into the linear layers before it (DINOv2); an encoder's own becomes one
 
 Register tokens have no place here and are left out; 4DS' GELU, the approximation by tanh, becomes the exact one.
 """
@@ -228,13 +228,14 @@ def _check(kind: str, path: Path, vit: Vit, encoder: TokenEncoder) -> list[str]:
         "qkv_bias": first.attention.qkv.bias is not None,
         "norm_pre": encoder.norm_pre is not None,
         "norm_eps": encoder.norm.eps,
+        "patch_bias": encoder.patch_embed.bias is not None,
         "num_heads": first.attention.num_heads,
     }
     different = [name for name in ("activation", "qkv_bias", "num_heads") if has[name] != vit.fields[name]]
-    if vit.fields["norm_pre"] and not has["norm_pre"]:
-        different.append("norm_pre")
+    wanted = {**vit.fields, "patch_bias": True}  # the mean of the pixels is in it
+    different += [name for name in ("norm_pre", "patch_bias") if wanted[name] and not has[name]]
     if different:
-        needs = ", ".join(f"{name} {vit.fields[name]} (it has {has[name]})" for name in different)
+        needs = ", ".join(f"{name} {wanted[name]} (it has {has[name]})" for name in different)
         raise ValueError(f"{kind}: wanted an encoder with {needs}")
     if has["norm_eps"] != vit.fields["norm_eps"]:
         return [f"norm_eps {has['norm_eps']:g}, where the ViT had {vit.fields['norm_eps']:g}"]
@@ -249,6 +250,8 @@ def _fit(vit: Vit, encoder: TokenEncoder, centered: bool) -> tuple[dict[str, Ten
         notes.append(f"patch kernel {'x'.join(map(str, vit.kernel.shape[2:]))} made {'x'.join(map(str, size))}")
     kernel, bias = fit_kernel(vit.kernel, vit.bias, size, vit.mean, vit.std, centered)
     tensors["patch_embed.weight"], tensors["patch_embed.bias"] = kernel, bias
+    scales = [name for name, _ in encoder.named_parameters() if name.endswith(("attention_scale", "mlp_scale"))]
+    tensors |= {name: torch.ones(len(bias)) for name in scales}
     positions, grid = vit.positions.double(), encoder.grid
     if tuple(positions.shape[:2]) != grid:
         notes.append(f"positions {'x'.join(map(str, positions.shape[:2]))} made {'x'.join(map(str, grid))}")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fourdperf.models.checkpoint import PretrainedModel
 from fourdperf.models.config import BaseConfig, check_choices, check_int, int_tuple, set_field
-from fourdperf.models.convolutions import GROUPS, SHORTCUTS, Conv3x3, ResBlock, UpConv3x3, group_norm
+from fourdperf.models.convolutions import GROUPS, SHORTCUTS, Conv3x3, ResBlock, UpConv3x3, group_norm, swish
 from fourdperf.models.layers import like, tap
 from fourdperf.models.quantizer import VectorQuantizer
 from fourdperf.models.token_blocks import check_latents
@@ -94,7 +94,7 @@ class PixelEncoder(nn.Module):
             tap(taps, f"pixel_encoder/{index:02d}", x)
         for block in self.mid:
             x = block(x)
-        return self.out(F.silu(self.norm(x))).permute(0, 2, 3, 1)
+        return self.out(swish(self.norm(x))).permute(0, 2, 3, 1)
 
 
 class PixelDecoder(nn.Module):
@@ -125,7 +125,7 @@ class PixelDecoder(nn.Module):
             if index < len(self.upsamples):
                 x = self.upsamples[index](x)
             tap(taps, f"pixel_decoder/{index:02d}", x)
-        return self.out(F.silu(self.norm(x))).permute(0, 2, 3, 1)
+        return self.out(swish(self.norm(x))).permute(0, 2, 3, 1)
 
 
 class MaskGITVQGAN(PretrainedModel):

@@ -138,10 +138,12 @@ class TokenGenerator(PretrainedModel):
         taps: dict[str, Tensor] | None = None,
         *,
         drop: Tensor | None = None,
+        places: Tensor | None = None,
     ) -> Tensor:
         """Logits `(B, N, K)` of the codes at all places of `indices` `(B, N)`, whose masked ones are `config.mask_id`.
 
         classes: `(B,)` in 0 .. num_classes - 1; None for no class. drop: `(B,)`, True where the class is not told.
+        places: `(B, N)`, True where logits are wanted; then they are `(M, K)`, row by row.
         taps: "embed", then "block/00", .. and "norm". Raises ValueError for shapes that do not fit.
         """
         check_indices(indices, self.config.num_tokens)
@@ -162,7 +164,8 @@ class TokenGenerator(PretrainedModel):
         if self.segments is None:
             x = self.norm(x)
             tap(taps, "norm", x)
-        return self.head(x[:, 1:])
+        # rows that follow one another: a linear layer of others multiplies many small matrices
+        return self.head(x[:, 1:].contiguous() if places is None else x[:, 1:][places])
 
     def _condition(self, indices: Tensor, classes: Tensor | None, drop: Tensor | None) -> Tensor:
         """Ids of the tokens that stand for the classes, `(B,)`."""
@@ -232,31 +235,38 @@ class TokenGenerator(PretrainedModel):
             tap(taps, f"ids/{step:02d}", ids)
             done = (step + 1) / steps
             masked = ids == c.mask_id
-            strength, onto_cond = guidance_strength(schedule, step / steps, guidance, power)
-            logits = self._guided(ids, classes, strength, onto_cond).float()
+            guide = guidance_strength(schedule, step / steps, guidance, power)
+            if step == 0:  # pictures differ by their class alone
+                known, row = (None, 0 * ids[:, 0]) if classes is None else classes.unique(return_inverse=True)
+                first = slice(1 if known is None else len(known))
+                logits = self._guided(ids[first], known, masked[first], *guide)
+                logits = logits.unflatten(0, (-1, c.num_tokens))[row].flatten(0, 1).float()
+            else:
+                logits = self._guided(ids, classes, masked, *guide).float()
             if anneal:
                 logits = logits / (0.5 + 0.8 * (1 - done))
-            if uniforms is None:
-                draws = (torch.rand(x, generator=generator, device=device) for x in ((*size, c.codebook_size), size))
-            else:
-                draws = uniforms[step]
-            noise, jitter = (temperature * (1 - done) * gumbel(x) for x in draws)
-            sampled = (logits + noise).argmax(-1)
-            confidence = logits.gather(-1, sampled[..., None])[..., 0]
-            confidence = torch.where(masked, confidence, torch.inf) + jitter
-            sampled = torch.where(masked, sampled, ids)
             if step == steps - 1:
-                return sampled
+                return ids.masked_scatter(masked, logits.argmax(-1))
+            if uniforms is None:
+                draws = [torch.rand(x, generator=generator, device=device) for x in (logits.shape, size)]
+            else:
+                draws = uniforms[step][0][masked], uniforms[step][1]
+            noise, jitter = (gumbel(x).mul_(temperature * (1 - done)) for x in draws)
+            sampled = noise.add_(logits).argmax(-1)
+            confidence = logits.new_full(size, torch.inf)
+            confidence[masked] = logits.gather(-1, sampled[:, None])[:, 0]
+            confidence += jitter
             count = math.floor(c.num_tokens * (math.acos(done) / (math.pi / 2)))
             count = max(1, min(int(masked[0].sum()) - 1, count))
             cut = confidence.sort(dim=1).values[:, count - 1 : count]
-            ids = torch.where(confidence <= cut, c.mask_id, sampled)
+            ids = ids.masked_scatter(masked, sampled).masked_fill(confidence <= cut, c.mask_id)
 
-    def _guided(self, ids: Tensor, classes: Tensor | None, strength: float, onto_cond: bool) -> Tensor:
+    def _guided(self, ids: Tensor, classes: Tensor | None, masked: Tensor, strength: float, onto_cond: bool) -> Tensor:
+        """Logits `(M, K)` at masked places."""
         if classes is None or (onto_cond and strength == 0):
-            return self(ids, classes)
+            return self(ids, classes, places=masked)
         drop = torch.arange(2 * len(ids), device=ids.device) >= len(ids)
-        cond, uncond = self(ids.repeat(2, 1), classes.repeat(2), drop=drop).chunk(2)
+        cond, uncond = self(ids.repeat(2, 1), classes.repeat(2), drop=drop, places=masked.repeat(2, 1)).chunk(2)
         return (cond if onto_cond else uncond) + strength * (cond - uncond)
 
 
@@ -269,7 +279,7 @@ def guidance_strength(schedule: str, t: float, guidance: float, power: float) ->
 
 def gumbel(uniform: Tensor) -> Tensor:
     """Standard Gumbel noise of uniform numbers."""
-    return -(-(uniform.clamp(min=LOG_FLOOR).log())).clamp(min=LOG_FLOOR).log()
+    return uniform.clamp(min=LOG_FLOOR).log_().neg_().clamp_(min=LOG_FLOOR).log_().neg_()
 
 
 def mask_tokens(indices: Tensor, mask_id: int, *, timesteps: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:

@@ -29,6 +29,7 @@ from fourdperf.models.convolutions import (
     UpConv3x3,
     channels_last,
     group_norm,
+    swish,
 )
 from fourdperf.models.layers import tap
 from fourdperf.models.quantizer import BETA_ON, VectorQuantizer
@@ -61,7 +62,8 @@ class Config(BaseConfig):
     hidden_size, num_layers, num_heads, mlp_size: of the encoder.
     head_dim: of the encoder's heads; None for hidden_size / num_heads.
     activation, qkv_bias, norm_eps: of the encoder; the defaults are those of timm's ViTs. norm_pre: one more norm before
-        its blocks, as CLIP has it.
+        its blocks, as CLIP has it. patch_bias: of its embedding of patches, which CLIP does without. layer_scale: its
+        blocks' branches are multiplied by learned numbers, as DINOv2's are.
     codebook_size: K.
     beta, entropy_gamma: of the quantizer's losses. ema, restart: of its codes; see `VectorQuantizer`.
     decoder_size: D of the decoder's tokens.
@@ -90,6 +92,8 @@ class Config(BaseConfig):
     qkv_bias: bool = True
     norm_eps: float = 1e-6
     norm_pre: bool = False
+    patch_bias: bool = True
+    layer_scale: bool = False
     codebook_size: int = 4096
     beta: float = 0.25
     entropy_gamma: float | None = 1.0
@@ -212,7 +216,7 @@ class Decoder(nn.Module):
         for index, level in enumerate(self.levels):
             x = level(x)
             tap(taps, f"decoder/{index:02d}", x)
-        return self.out(F.silu(self.norm(x))).permute(0, 2, 3, 1)
+        return self.out(swish(self.norm(x))).permute(0, 2, 3, 1)
 
 
 class Level(nn.Module):
@@ -233,7 +237,10 @@ class Level(nn.Module):
 
 
 class Tokenizer(PretrainedModel):
-    """Pictures to codes and back: `model.encode(images)`, `model.decode(latents)`, `model.decode_indices(indices)`."""
+    """Pictures to codes and back: `model.encode(images)`, `model.decode(latents)`, `model.decode_indices(indices)`.
+
+    On a CPU `model.to(memory_format=torch.channels_last)` spares a copy of the convolutions' weights in every pass.
+    """
 
     MODEL, CONFIG = MODEL, Config
 
@@ -248,6 +255,8 @@ class Tokenizer(PretrainedModel):
             activation=c.activation,
             eps=c.norm_eps,
             norm_pre=c.norm_pre,
+            patch_bias=c.patch_bias,
+            layer_scale=c.layer_scale,
             class_position=c.class_position,
             latent_layout=c.latent_layout,
         )

@@ -62,8 +62,10 @@ def decode(model: Tokenizer | TiTok, codes: Tensor) -> Tensor:
 
 
 def fingerprint(model: Tokenizer | TiTok) -> str:
-    """16 digits that tell whose codes are whose: of the config and of the encoder's last weights, rounded to bf16, so
-    that a copy in bf16 has the same."""
-    description = json.dumps({"model": model.MODEL, **model.config.to_dict()}, sort_keys=True)
+    """16 digits that tell whose codes are whose: of the config, where it differs from the default, and of the encoder's
+    last weights, rounded to bf16, so that a copy in bf16 has the same."""
+    usual = type(model.config)().to_dict()
+    fields = {name: value for name, value in model.config.to_dict().items() if value != usual[name]}
+    description = json.dumps({"model": model.MODEL, **fields}, sort_keys=True)
     weights = model.encoder.out.weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8)
     return hashlib.sha256(description.encode() + weights.numpy().tobytes()).hexdigest()[:16]

@@ -77,8 +77,7 @@ class D4RTTraining(ModelTraining):
     def validation_step(self, batch: Clip, batch_idx: int) -> None:
         prediction = self(batch)
         terms = d4rt_loss(prediction, batch.targets, self.weights) | quick_metrics(prediction, batch)
-        values = {f"val/{name}": value for name, value in terms.items()}
-        self.log_dict(values, batch_size=len(batch.video), on_epoch=True, sync_dist=True)
+        self.log_validation(terms, len(batch.video))
 
     def configure_optimizers(self) -> dict:
         moved, make = (self.model, MuonAdamW) if self.optimizer == "muon" else (self.parameters(), adamw)

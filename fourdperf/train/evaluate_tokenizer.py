@@ -1,8 +1,10 @@
 """How good a tokenizer of images is: pictures against what it makes of them again, and how its codebook is used.
 
-`measure` goes through a data set once, batch by batch; `influence` asks which patches a token is about.
+`measure` goes through a data set once, batch by batch, and shares it among the processes of torch.distributed;
+`influence` asks which patches a token is about.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,6 +21,7 @@ from fourdperf.metrics.images import psnr, ssim
 from fourdperf.models.titok import TiTok
 from fourdperf.models.tokenizer import Tokenizer
 from fourdperf.models.tokenizers import decode, encode
+from fourdperf.train.processes import gather, place
 
 __all__ = ["Measured", "influence", "measure"]
 
@@ -37,6 +40,16 @@ class Measured(NamedTuple):
     by_place: Tensor | None
 
 
+class Found(NamedTuple):
+    """What a process has found in its part of the pictures: moments of features, sums of measures, batches."""
+
+    real: Moments
+    made: Moments
+    sums: Counter[str]
+    shown: list[tuple[Tensor, Tensor]]
+    codes: list[Tensor]
+
+
 @torch.inference_mode()
 def measure(
     model: Tokenizer | TiTok,
@@ -50,6 +63,7 @@ def measure(
 ) -> Measured:
     """The measures of a tokenizer on pictures `(H, W, 3)` with labels, of which `count` at most are taken.
 
+    Under torch.distributed each process goes through a part of the pictures, and all get the measures of the whole.
     Reconstructions are rounded to 8 bits, as they would be stored. rFID (or what `features.measure` says): Frechet
     distance of the pictures' and the reconstructions' features. PSNR in dB, SSIM, and what `perceptual.name` says:
     means over pictures. Of codes, usage: the share of the codebook that occurs at all; perplexity: of all places
@@ -60,32 +74,31 @@ def measure(
     items = items if count is None else Subset(items, range(min(count, len(items))))
     if len(items) < 2:
         raise ValueError(f"items: wanted at least two pictures, got {len(items)}")
-    device = model.encoder.positions.device
-    real, made = Moments(features.size), Moments(features.size)
-    sums: dict[str, float] = {}
-    shown, codes = [], []
-    with tqdm(total=len(items), desc="reconstructing", unit="image", disable=None) as bar:
-        for images, _ in DataLoader(items, batch_size, num_workers=workers):
+    device, (rank, ranks) = model.encoder.positions.device, place()
+    mine = Subset(items, range(len(items) * rank // ranks, len(items) * (rank + 1) // ranks))
+    found = Found(Moments(features.size), Moments(features.size), Counter(), [], [])
+    with tqdm(total=len(mine), desc="reconstructing", unit="image", disable=rank > 0 or None) as bar:
+        for images, _ in DataLoader(mine, batch_size, num_workers=workers):
             images = images.to(device)
             encoded = model.encode(images)
             again = decode(model, encoded.latents if encoded.indices is None else encoded.indices)
             again = (again * 255).round() / 255
-            real.update(features.of(images))
-            made.update(features.of(again))
-            found = {
+            found.real.update(features.of(images))
+            found.made.update(features.of(again))
+            values = {
                 "PSNR": psnr(again, images),
                 "SSIM": ssim(again, images),
                 perceptual.name: perceptual(again, images),
             }
             if encoded.indices is None:
-                found["KL"] = encoded.losses["kl"].sum(1)
+                values["KL"] = encoded.losses["kl"].sum(1)
             else:
-                codes.append(encoded.indices.cpu())
-            for name, values in found.items():
-                sums[name] = sums.get(name, 0.0) + values.double().sum().item()
-            if len(shown) * batch_size < SHOWN:
-                shown.append((images.cpu(), again.cpu()))
+                found.codes.append(encoded.indices.cpu())
+            found.sums.update({name: x.double().sum().item() for name, x in values.items()})
+            if len(found.shown) * batch_size < SHOWN:
+                found.shown.append((images.cpu(), again.cpu()))
             bar.update(len(images))
+    real, made, sums, shown, codes = _together(gather(found))
     measures = {"images": len(items), features.measure: frechet_distance(real, made)}
     measures |= {name: total / len(items) for name, total in sums.items()}
     pictures = tuple(torch.cat(part)[:SHOWN] for part in zip(*shown))
@@ -99,6 +112,18 @@ def measure(
     return Measured(measures, pictures, codes, by_place)
 
 
+def _together(parts: list[Found]) -> Found:
+    """Of all processes, in their order."""
+    whole = parts[0]
+    for part in parts[1:]:
+        whole.real.merge(part.real)
+        whole.made.merge(part.made)
+        whole.sums.update(part.sums)
+        whole.shown.extend(part.shown)
+        whole.codes.extend(part.codes)
+    return whole
+
+
 @torch.inference_mode()
 def influence(model: Tokenizer | TiTok, images: Tensor, batch_size: int = 16) -> Tensor:
     """How much each patch changes when a token is replaced by the next picture's token of the same place.
@@ -109,9 +134,9 @@ def influence(model: Tokenizer | TiTok, images: Tensor, batch_size: int = 16) ->
     codes = encode(model, images)
     other, before = codes.roll(1, 0), torch.cat([decode(model, part) for part in codes.split(batch_size)])
     found = []
-    for place in tqdm(range(codes.shape[1]), desc="replacing tokens", unit="token", disable=None):
+    for token in tqdm(range(codes.shape[1]), desc="replacing tokens", unit="token", disable=None):
         changed = codes.clone()
-        changed[:, place] = other[:, place]
+        changed[:, token] = other[:, token]
         after = torch.cat([decode(model, part) for part in changed.split(batch_size)])
         found.append(F.avg_pool2d((after - before).abs().mean((0, 3))[None], model.config.patch_size)[0])
     return torch.stack(found).cpu()

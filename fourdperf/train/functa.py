@@ -63,8 +63,7 @@ class FunctaTraining(ModelTraining):
     def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
         target = signals(batch[0])
         found = fit(self.model, target, chunk=self.chunk)
-        values = {"val/loss": found.loss.mean(), "val/psnr": psnr(found.recon, target).mean()}
-        self.log_dict(values, batch_size=len(target), on_epoch=True, sync_dist=True)
+        self.log_validation({"loss": found.loss.mean(), "psnr": psnr(found.recon, target).mean()}, len(target))
 
     def configure_optimizers(self) -> dict:
         rates = [] if self.model.rates is None else [self.model.rates]

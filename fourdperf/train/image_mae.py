@@ -61,7 +61,7 @@ class ImageMAETraining(ModelTraining):
 
     def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
         found = self.guess(batch[0], torch.Generator(self.device).manual_seed(batch_idx))
-        self.log("val/loss", found.loss, batch_size=len(batch[0]), on_epoch=True, sync_dist=True)
+        self.log_validation({"loss": found.loss}, len(batch[0]))
 
     def configure_optimizers(self) -> dict:
         matrices = [p for p in self.parameters() if p.ndim > 1]

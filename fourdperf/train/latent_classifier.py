@@ -107,8 +107,7 @@ class ClassifierTraining(ModelTraining):
         latents, labels = batch
         logits = self(latents).float()
         values = {"loss": F.cross_entropy(logits, labels), "accuracy": (logits.argmax(-1) == labels).float().mean()}
-        values = {f"val/{name}": value for name, value in values.items()}
-        self.log_dict(values, batch_size=len(labels), on_epoch=True, sync_dist=True)
+        self.log_validation(values, len(labels))
 
     def configure_optimizers(self) -> dict:
         optimizer = adamw(self.network.parameters(), self.lr, self.weight_decay)

@@ -1,8 +1,10 @@
 """What runs of all models share under Lightning: checks of checkpoints and gradients, the learning rate, averaged
 weights, the data."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
 from lightning import LightningDataModule, LightningModule
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from fourdperf.train.data import loader
 from fourdperf.train.schedule import learning_rate
 
-__all__ = ["ADVICE", "ModelTraining", "RunData", "average_into"]
+__all__ = ["ADVICE", "ModelTraining", "RunData", "average_into", "val_batches"]
 
 ADVICE = "The last checkpoint is good; go on from it with a lower --lr or --precision 32-true, or look at the data"
 
@@ -35,6 +37,13 @@ class ModelTraining(LightningModule):
         share = lambda step: learning_rate(step, self.max_steps, self.warmup_steps, self.lr, self.final_lr) / self.lr
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def log_validation(self, values: Mapping[str, Tensor], count: float) -> None:
+        """Log means over a batch of a validation of `count` items, to be averaged over the items of all batches and
+        processes."""
+        values = {f"val/{name}": value for name, value in values.items()}
+        # a float, since Lightning averages counts over processes, too, and cuts the mean of whole numbers off
+        self.log_dict(values, batch_size=float(count), on_epoch=True, sync_dist=True)
 
     def log_norm(self, norm: Tensor, name: str = "grad_norm") -> None:
         """Log a gradient's norm; raises ValueError where it is not finite, before anything has moved.
@@ -80,5 +89,15 @@ class RunData(LightningDataModule):
         return loader(self.train, self.batch_size, self.workers, rank, ranks, had, self.collate)
 
     def val_dataloader(self) -> DataLoader:
-        mine = Subset(self.val, range(self.trainer.global_rank, len(self.val), self.trainer.world_size))
-        return DataLoader(mine, self.batch_size, num_workers=self.workers, collate_fn=self.collate)
+        rank, ranks = self.trainer.global_rank, self.trainer.world_size
+        batches = val_batches(len(self.val), self.batch_size, rank, ranks)
+        return DataLoader(self.val, batch_sampler=batches, num_workers=self.workers, collate_fn=self.collate)
+
+
+def val_batches(items: int, batch_size: int, rank: int, ranks: int) -> list[list[int]]:
+    """Every `ranks`-th item, in batches: as many for all processes, of which parameters in parts ask that all go
+    through the model equally often; a batch may have two items where batch_size is one."""
+    if items < ranks:
+        raise ValueError(f"val: wanted at least one item for each of {ranks} processes, got {items}")
+    count = min(math.ceil(math.ceil(items / ranks) / batch_size), items // ranks)
+    return [part.tolist() for part in np.array_split(np.arange(rank, items, ranks), count)]

@@ -120,9 +120,7 @@ class NisoTraining(ModelTraining):
         return parts["loss"]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        parts = self.objective(self.model, batch)
-        values = {f"val/{name}": part for name, part in parts.items()}
-        self.log_dict(values, batch_size=len(batch[0]), on_epoch=True, sync_dist=True)
+        self.log_validation(self.objective(self.model, batch), len(batch[0]))
 
     def configure_optimizers(self) -> dict:
         groups = parameter_groups(self.model, self.weight_decay, decay_basis=self.decay_basis)

@@ -20,14 +20,16 @@ TABLES = ("tokens", "positions", "segments")
 def masked_loss(
     logits: Tensor, codes: Tensor, masks: Tensor, *, smoothing: float = 0.0, unmasked: float = 0.0
 ) -> dict[str, Tensor]:
-    """The mean cross entropy "loss" at masked places, others counting `unmasked`, and "accuracy" at masked ones.
+    """The mean cross entropy "loss" at masked places, others counting `unmasked`; "accuracy" at masked ones; and
+    "masked", their share.
 
     logits `(B, N, K)`, codes and masks `(B, N)`; smoothing: the share of a code that goes to all codes alike.
     """
     losses = F.cross_entropy(logits.float().transpose(1, 2), codes, reduction="none", label_smoothing=smoothing)
     weights = torch.where(masks, 1.0, unmasked)
     right = (logits.argmax(-1) == codes) & masks
-    return {"loss": (losses * weights).sum() / weights.sum(), "accuracy": right.sum() / masks.sum()}
+    loss, accuracy = (losses * weights).sum() / weights.sum(), right.sum() / masks.sum()
+    return {"loss": loss, "accuracy": accuracy, "masked": masks.float().mean()}
 
 
 class TokenGeneratorTraining(ModelTraining):
@@ -91,13 +93,15 @@ class TokenGeneratorTraining(ModelTraining):
         """Codes `(B, N)` of what a batch has."""
         return self.frozen[0].encode(items).indices if items.is_floating_point() else items
 
-    def terms(
-        self, model: TokenGenerator, batch: Sequence[Tensor], generator: torch.Generator | None = None
-    ) -> dict[str, Tensor]:
-        """The parts of `masked_loss` at random masks; the class is dropped in train mode."""
+    def terms(self, model: TokenGenerator, batch: Sequence[Tensor], uniform: Tensor | None = None) -> dict[str, Tensor]:
+        """The parts of `masked_loss` at random masks; the class is dropped in train mode.
+
+        uniform: what that is made of, `(B, 2 + N)` in [0, 1); by default drawn.
+        """
         codes, classes = self.codes(batch[0]), batch[1]
-        draw = lambda *shape: torch.rand(shape, generator=generator, device=codes.device)
-        timesteps, random, dropped = draw(len(codes)), draw(*codes.shape), draw(len(codes))
+        if uniform is None:
+            uniform = torch.rand(len(codes), 2 + codes.shape[1], device=codes.device)
+        timesteps, dropped, random = uniform[:, 0], uniform[:, 1], uniform[:, 2:]
         masked, masks = mask_tokens(codes, model.config.mask_id, timesteps=timesteps, random=random)
         logits = model(masked, classes, drop=(dropped < self.label_dropout) & model.training)
         return masked_loss(logits, codes, masks, smoothing=self.smoothing, unmasked=self.unmasked)
@@ -115,10 +119,20 @@ class TokenGeneratorTraining(ModelTraining):
         super().optimizer_step(*arguments, **options)
         average_into(self.model, self.network, min(self.ema, (1 + step) / (10 + step)))
 
+    def on_validation_epoch_start(self) -> None:
+        self.validated = 0  # items, by this process
+
     def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
-        generator = torch.Generator(self.device).manual_seed(batch_idx)
-        values = {f"val/{name}": term for name, term in self.terms(self.model, batch, generator).items()}
-        self.log_dict(values, batch_size=len(batch[1]), on_epoch=True, sync_dist=True)
+        """Masks are an item's own, whichever process has it; means are over places of all batches."""
+        size, trainer = (len(batch[1]), 2 + self.model.config.num_tokens), self.trainer
+        numbers = range(self.validated, self.validated + size[0])
+        numbers = [trainer.global_rank + number * trainer.world_size for number in numbers]
+        uniform = [torch.rand(size[1], generator=torch.Generator().manual_seed(number)) for number in numbers]
+        self.validated += size[0]
+        terms = self.terms(self.model, batch, torch.stack(uniform).to(self.device))
+        masked = float(terms.pop("masked"))
+        self.log_validation({"loss": terms["loss"]}, size[0] * (masked + self.unmasked * (1 - masked)))
+        self.log_validation({"accuracy": terms["accuracy"]}, size[0] * masked)
 
     def configure_optimizers(self) -> dict:
         parameters = dict(self.network.named_parameters())

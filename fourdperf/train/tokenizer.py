@@ -222,8 +222,7 @@ class TokenizerTraining(ModelTraining):
         terms, encoded, _ = self.terms(self.model, images)
         if self.counts is not None:
             self.counts += torch.bincount(encoded.indices.flatten(), minlength=len(self.counts))
-        values = {f"val/{name}": value for name, value in terms.items()}
-        self.log_dict(values, batch_size=len(images), on_epoch=True, sync_dist=True)
+        self.log_validation(terms, len(images))
 
     def on_validation_epoch_end(self) -> None:
         if self.counts is None:

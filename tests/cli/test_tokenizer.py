@@ -15,6 +15,7 @@ from fourdperf.metrics.codecs import CODECS
 from fourdperf.models import titok, token_generator, tokenizer
 from fourdperf.models.tokenizers import decode, encode, fingerprint, load_tokenizer
 from tests.models.tokenizer_cases import PIXELS, SEED, TITOK, TOKENS
+from tests.train.processes import torchrun
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 COUNT, SIZE = 5, (16, 24)
@@ -195,12 +196,14 @@ def test_generated_images_follow_the_seed_and_decode_from_their_codes(models, tm
         "again": ["--classes", "0", "2", "--count=2"],
         "other": ["--classes", "0", "2", "--count=2", "--seed=1"],
         "free": ["--count=3", "--batch_size=2"],
+        "half": ["--classes", "0", "2", "--count=2", "--dtype=bfloat16"],
     }.items():
         assert main([*command, *options, f"--out={tmp_path / name}"]) == 0
         runs[name] = TokenFile(tmp_path / name / "codes.tok")
     read_all = lambda file: file.read(0, len(file))
     assert torch.equal(read_all(runs["a"]), read_all(runs["again"]))
     assert not torch.equal(read_all(runs["a"]), read_all(runs["other"]))
+    assert len(runs["half"]) == 4 and runs["half"].description.fingerprint == runs["a"].description.fingerprint
     assert runs["a"].description.labels == (0, 0, 2, 2) and len(runs["free"]) == 3
     names = [path.name for path in sorted((tmp_path / "a").glob("0*"))]
     assert names == ["000000_class0.png", "000001_class0.png", "000002_class2.png", "000003_class2.png"]
@@ -235,3 +238,20 @@ def test_evaluation_writes_numbers_and_pictures(models, pictures, tmp_path, monk
     assert 1 <= found["perplexity"] <= 20 and len(found["usage by place"]) == len(found["perplexity by place"]) == 5
     assert all(read(out / f"{picture}.png").float().std() > 0 for picture in PICTURES)
     assert main([*command, "--views=0"]) == 0
+
+
+@pytest.mark.parametrize("name", ["seed", "vae"])
+def test_two_processes_measure_what_one_does(models, pictures, tmp_path, name):
+    """Of three pictures, of which one process has one and the other two."""
+    command = ["evaluate", "tokenizer", str(models / name), f"--data_path={pictures}", "--split=train", "--views=2"]
+    assert main([*command, f"--out={tmp_path / 'one'}"]) == 0
+    done = torchrun(*command, f"--out={tmp_path / 'two'}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("wrote ") == 1
+    one, two = (json.loads((tmp_path / number / "evaluation.json").read_text()) for number in ("one", "two"))
+    assert one["images"] == 3 and one.keys() == two.keys()
+    for measure, value in one.items():
+        assert two[measure] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-6)), measure
+    written = sorted((tmp_path / "one").glob("*.png"))
+    assert len(written) >= 2
+    assert all(torch.equal(read(path), read(tmp_path / "two" / path.name)) for path in written)

@@ -1,16 +1,21 @@
 """TiTok's, MaskGIT-VQGAN's and the seed's checkpoints: every key of the real ones, and there and back."""
 
+import warnings
+
 import pytest
 import torch
 
 from fourdperf.cli.main import main
+from fourdperf.convert.d4rt_encoder import IMAGENET_MEAN, IMAGENET_STD
 from fourdperf.convert.tokenizer import GENERATOR, MASKGIT_VQGAN, TITOK, TOKENIZER
 from fourdperf.models import maskgit_vqgan, titok, token_generator, tokenizer
 from fourdperf.models.checkpoint import CheckpointError
+from fourdperf.models.encoder_weights import CLIP_MEAN, CLIP_STD
 from fourdperf.models.titok import TiTok
 from fourdperf.models.token_generator import TokenGenerator
 from fourdperf.models.tokenizer import Tokenizer
-from tests.models.tokenizer_cases import Case, first, keys
+from tests.models.goldens import GOLDENS, Golden, close
+from tests.models.tokenizer_cases import Case, first, keys, recipe_tensor
 
 # Every real configuration: the key list's name, the family, and the config that it must give.
 REAL = {
@@ -79,6 +84,76 @@ def test_there_and_back(tmp_path, name, suffix):
         family.export(directory, file)
     again = family.load(file, overrides)
     assert same(again.state_dict(), model.state_dict()) and again.config == config
+
+
+# The seed's tokenizer around other ViTs of timm
+
+
+def timm_checkpoint(name: str, latents: int = 6) -> tuple[Golden, dict[str, torch.Tensor]]:
+    """A small checkpoint of the seed's with the encoder that timm makes of `name`: its names are the golden's."""
+    golden = Golden(GOLDENS / "encoder_init" / f"{name}.npz")
+    recipe = golden.spec["recipe"]
+    vit = {key: recipe_tensor(key, *entry, recipe["seed"]) for key, entry in recipe["entries"].items()}
+    torch.manual_seed(0)
+    small = {"image_size": 32, "num_latents": latents, "latent_channels": 8, "hidden_size": 8, "num_heads": 1}
+    small |= {"num_layers": 1, "mlp_size": 8, "codebook_size": 20, "decoder_size": 16, "decoder_channels": 32}
+    small |= {"channel_multipliers": (1, 2), "res_blocks": 1, "attention_sizes": (), "grid": 4}
+    rest = TOKENIZER.state(Tokenizer(tokenizer.Config.upstream(**small)))
+    kept = {key: x for key, x in rest.items() if not key.startswith(("encoder.", "ln."))}
+    kept |= {"latent_tokens": torch.ones(latents, 64), "post_quant_conv.bias": torch.ones(16)}
+    more = {"prompt_tokens": torch.randn(1, latents, 64), "head.weight": torch.randn(5, 64), "head.bias": torch.ones(5)}
+    more["pos_embed"] = torch.cat([vit["pos_embed"], torch.randn(1, latents, 64)], dim=1)
+    kept |= {f"encoder.{key}": x for key, x in {**vit, **more}.items()}
+    return golden, {**kept, "ln.weight": torch.randn(8, 64), "ln.bias": torch.randn(8)}
+
+
+@pytest.mark.parametrize("name", ["mae", "clip", "dinov2"])
+def test_every_key_around_timms_vits_there_and_back(tmp_path, name):
+    golden, params = timm_checkpoint(name)
+    with warnings.catch_warnings(record=name == "clip") as told:
+        model = TOKENIZER.load_state(params)
+    assert (name == "clip") == bool(told)
+    c = model.config
+    assert (c.norm_pre, c.patch_bias, c.layer_scale) == (name == "clip", name != "clip", name == "dinov2")
+    assert (c.activation, c.norm_eps) == (("quick_gelu", 1e-5) if name == "clip" else ("gelu", 1e-6))
+    left = {key for key in params if key.startswith(("encoder.head.", "post_quant_conv.")) or key == "latent_tokens"}
+    assert same(TOKENIZER.state(model), {key: x for key, x in params.items() if key not in left})
+    with pytest.warns(UserWarning, match="without latent_tokens, post_quant_conv"):
+        model.save_pretrained(tmp_path / "ours")
+        TOKENIZER.export(tmp_path / "ours", tmp_path / "theirs.ckpt")
+    again = TOKENIZER.load(tmp_path / "theirs.ckpt", {"activation": c.activation})
+    assert again.config == c and same(again.state_dict(), model.state_dict())
+
+    statistics = {"clip": (CLIP_MEAN, CLIP_STD)}.get(name, (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (torch.tensor(x, dtype=torch.float64) for x in statistics)
+    features = model.double().encoder.patch_features((golden.inputs["images"].double() - mean) / std)
+    close(features, golden.outputs["features"][:, 1:], 1e-6)
+
+
+def test_the_other_activation_of_clip():
+    _, params = timm_checkpoint("clip")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert TOKENIZER.load_state(params, {"activation": "gelu"}).config.activation == "gelu"
+    with pytest.warns(UserWarning, match="activation: no array tells that of CLIP's encoder; taken is OpenAI's"):
+        TOKENIZER.load_state(params)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("clip", ("pop", "encoder.norm_pre.bias"), "missing encoder.norm_pre.bias"),
+        ("dinov2", ("pop", "encoder.blocks.1.ls1.gamma"), "missing encoder.blocks.1.ls1.gamma"),
+        ("mae", ("add", "encoder.blocks.1.ls1.gamma"), "unknown encoder.blocks.1.ls1.gamma"),
+        ("mae", ("add", "encoder.norm_pre.bias"), "unknown encoder.norm_pre.bias"),
+        ("dinov2", ("add", "encoder.reg_token"), "unknown encoder.reg_token"),
+    ],
+)
+def test_errors_around_timms_vits(name, change, message):
+    _, params = timm_checkpoint(name)
+    params.pop(change[1]) if change[0] == "pop" else params.update({change[1]: torch.ones(64)})
+    with pytest.raises(CheckpointError, match=message):
+        TOKENIZER.load_state(params, {"activation": "gelu"})
 
 
 def test_bf16_stays():

@@ -111,6 +111,17 @@ def test_titok(tmp_path):
         init_encoder(model, "clip", write(tmp_path / "clip.pth", golden("clip")[1]))
 
 
+def test_scales_of_the_encoder_become_one(tmp_path):
+    case, state = golden("dinov2")
+    model = make("dinov2", layer_scale=True)
+    for block in model.encoder.blocks:
+        torch.nn.init.normal_(block.attention_scale), torch.nn.init.normal_(block.mlp_scale)
+    init_encoder(model, "dinov2", write(tmp_path / "model.safetensors", state))
+    close(features(model, case.inputs["images"].double()), case.outputs["features"], 1e-6)
+    with pytest.raises(ValueError, match=r"dinov2: wanted an encoder with patch_bias True \(it has False\)"):
+        init_encoder(make("dinov2", patch_bias=False), "dinov2", tmp_path / "model.safetensors")
+
+
 def test_fewer_layers(tmp_path):
     _, state = golden("mae")
     model = make(num_layers=2)

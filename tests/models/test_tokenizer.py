@@ -334,6 +334,8 @@ def test_condition(name):
         mixed = model(ids, classes, drop=drop)
     assert told.shape == (3, 6, 11) and (told - none).abs().amax((1, 2)).min() > 1e-3
     close(mixed, torch.cat([none[:1], told[1:]]))
+    places = ids == model.config.mask_id
+    close(model(ids, classes, places=places), told[places])
     for overrides, message in (
         ({"indices": ids[:, :4]}, r"indices: expected a tensor \(B, 6\)"),
         ({"classes": classes[:2]}, r"classes: expected integers \(3,\)"),
@@ -359,6 +361,23 @@ def test_generation(schedule):
             assert torch.equal(before[known], after[known]) and (fewer < more).all()
         runs.append(ids)
     assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
+
+
+def test_generation_computes_no_more_than_it_needs(monkeypatch):
+    """A row for each class of the first step, where pictures of a class are alike; logits of masked places alone."""
+    model, _ = make("bert", torch.float32)
+    seen, forward = [], TokenGenerator.forward
+
+    def counted(self, indices, *arguments, **options):
+        logits = forward(self, indices, *arguments, **options)
+        assert len(logits) == (indices == model.config.mask_id).sum()
+        seen.append(len(indices))
+        return logits
+
+    monkeypatch.setattr(TokenGenerator, "forward", counted)
+    model.generate(torch.tensor([2, 0, 2, 2, 0]), schedule="linear")
+    model.generate(batch=3)
+    assert seen == [2, 10, 10, 10, 1, 3, 3, 3]
 
 
 def test_generation_of_no_class():

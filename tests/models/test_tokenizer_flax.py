@@ -1,5 +1,7 @@
 """Tokenizers and generators in Flax: PyTorch against them layer by layer."""
 
+import importlib
+
 import pytest
 import torch
 
@@ -10,12 +12,19 @@ from tests.models.scaling4d_cases import TOLERANCE, difference
 from tests.models.tokenizer_cases import PIXELS, SEED, TITOK, TOKENS
 
 jax = pytest.importorskip("jax")
-flax_models = pytest.importorskip("fourdperf.jax.models.tokenizer")
+flax_params = pytest.importorskip("fourdperf.jax.models.pretrained").flax_params
 
 NAMES = {tokenizer: "Tokenizer", maskgit_vqgan: "MaskGITVQGAN", titok: "TiTok", token_generator: "TokenGenerator"}
 LIVE = {
     "tokenizer": (tokenizer, tokenizer.Config(**SEED)),
-    "tokenizer, quick_gelu, wide heads, norm_pre": (tokenizer, tokenizer.Config(**SEED, activation="quick_gelu", head_dim=5, norm_pre=True)),
+    "tokenizer, quick_gelu, wide heads, norm_pre": (
+        tokenizer,
+        tokenizer.Config(**SEED, activation="quick_gelu", head_dim=5, norm_pre=True),
+    ),
+    "tokenizer, layer_scale, no patch_bias": (
+        tokenizer,
+        tokenizer.Config(**SEED, layer_scale=True, patch_bias=False),
+    ),
     "tokenizer, upstream": (tokenizer, tokenizer.Config.upstream(**SEED | {"image_size": 16, "patch_size": 4})),
     "tokenizer, upstream's encoder": (tokenizer, tokenizer.Config.upstream(False, **SEED | {"image_size": 16})),
     "vqgan": (maskgit_vqgan, maskgit_vqgan.Config(**PIXELS)),
@@ -46,9 +55,14 @@ def build(name):
     return model, (torch.rand(2, *getattr(config, "image_size", (8, 12)), 3),)
 
 
+def mirror(torch_class):
+    """The class of the same name in the file of the same name."""
+    module = importlib.import_module(torch_class.__module__.replace("fourdperf.models", "fourdperf.jax.models"))
+    return getattr(module, torch_class.__name__)
+
+
 def to_flax(model):
-    flax_class = getattr(flax_models, type(model).__name__)
-    return flax_class(model.config), {"params": flax_models.flax_params(model.state_dict())}
+    return mirror(type(model))(model.config), {"params": flax_params(model.state_dict())}
 
 
 @pytest.mark.parametrize("name", LIVE)
@@ -109,11 +123,11 @@ def test_flax_has_the_same_parameters(name):
 def test_flax_reads_what_torch_saves(tmp_path):
     model, (images,) = build("titok, pixel decoder")
     model.save_pretrained(tmp_path)
-    flax_model, variables = flax_models.TiTok.from_pretrained(tmp_path)
+    flax_model, variables = mirror(titok.TiTok).from_pretrained(tmp_path)
     assert flax_model.config == model.config
     assert difference(model(images).recon, jax.jit(flax_model.apply)(variables, images.numpy()).recon) <= 3 * TOLERANCE
     with pytest.raises(CheckpointError, match="expected a config with model 'tokenizer', got 'titok'"):
-        flax_models.Tokenizer.from_pretrained(tmp_path)
+        mirror(tokenizer.Tokenizer).from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model": "titok", "mode": "neither"}')
     with pytest.raises(CheckpointError, match="mode: expected one of vq, vae, got 'neither'"):
-        flax_models.TiTok.from_pretrained(tmp_path)
+        mirror(titok.TiTok).from_pretrained(tmp_path)

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -18,3 +19,10 @@ def kill_after_checkpoint(command: list[str], out: Path) -> None:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
+
+
+def torchrun(*arguments) -> subprocess.CompletedProcess:
+    """The command in two processes, as torchrun starts them."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "fourdperf"]
+    arguments = [*command, *map(str, arguments)]
+    return subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=280)

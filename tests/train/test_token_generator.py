@@ -97,6 +97,7 @@ def test_masked_loss():
     alone = masked_loss(logits, codes, masks)
     torch.testing.assert_close(alone["loss"], F.cross_entropy(logits[masks], codes[masks]))
     assert alone["accuracy"] == (logits.argmax(-1) == codes)[masks].float().mean()
+    assert alone["masked"] == 0.5
 
 
 def test_the_class_is_dropped_in_train_mode_alone(monkeypatch):
@@ -143,18 +144,57 @@ def test_time_limit_and_going_on(tokenizer, data, plain, tmp_path):
     assert same(tmp_path, plain)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.heavy)])
-def test_two_processes(tokenizer, data, tmp_path, strategy):
-    """And one goes on from what two have written."""
-    more = (f"--data_path={data}", "--val_every=3")
-    command = arguments(tokenizer, tmp_path, *more, f"--strategy={strategy}", "--devices=2")
+def as_two(tokenizer, out, *more) -> None:
+    command = arguments(tokenizer, out, *more, "--devices=2")
     command = [sys.executable, "-m", "fourdperf", *command]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "ddp",
+        pytest.param("fsdp", marks=pytest.mark.heavy),
+        pytest.param("fsdp --model.kind=uvit", marks=pytest.mark.heavy),
+    ],
+)
+def test_two_processes(tokenizer, data, tmp_path, strategy):
+    """And one goes on from what two have written."""
+    more = (f"--data_path={data}", "--val_every=3", *f"--strategy={strategy}".split())
+    as_two(tokenizer, tmp_path, *more)
     rows = curve(tmp_path)
     assert len(rows) == 6 and len(curve(tmp_path, "val")) == 2
-    assert main(arguments(tokenizer, tmp_path, *more, f"--ckpt={tmp_path / 'last.ckpt'}", "--max_steps=8")) == 0
+    alone = [option for option in more if not option.startswith("--strategy")]
+    assert main(arguments(tokenizer, tmp_path, *alone, f"--ckpt={tmp_path / 'last.ckpt'}", "--max_steps=8")) == 0
     assert curve(tmp_path)[:6] == rows and len(curve(tmp_path)) == 8
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("kind", ["bert", "uvit"])
+def test_parameters_in_parts_move_as_whole_ones(tokenizer, data, tmp_path, kind):
+    """FSDP's against DDP's, whose two processes draw the same masks."""
+    more = (f"--data_path={data}", "--model.dropout=0", "--val_every=3", f"--model.kind={kind}")
+    for strategy in ("ddp", "fsdp"):
+        as_two(tokenizer, tmp_path / strategy, *more, f"--strategy={strategy}")
+    for name in ("train", "val"):
+        rows = zip(curve(tmp_path / "ddp", name), curve(tmp_path / "fsdp", name), strict=True)
+        for a, b in rows:
+            assert all(float(b[key]) == pytest.approx(float(value), rel=1e-4) for key, value in a.items())
+    parts, wholes = weights(tmp_path / "fsdp"), weights(tmp_path / "ddp")
+    assert max((parts[name] - x).abs().max().item() for name, x in wholes.items()) < 1e-4
+
+
+def test_two_processes_validate_as_one(tokenizer, tmp_path):
+    """On pictures of which one process has three and the other two, in batches of two, with masks of their own."""
+    for split, count in (("train", 8), ("val", 5)):
+        write_pictures(tmp_path / "data" / split / "day", count, 24)
+    more = (f"--data_path={tmp_path / 'data'}", "--lr=1e-12", "--max_steps=1", "--val_items=5", "--model.dropout=0")
+    assert main(arguments(tokenizer, tmp_path / "one", *more)) == 0
+    as_two(tokenizer, tmp_path / "two", *more, "--batch_size=2", "--strategy=ddp")
+    (one,), (two,) = (curve(tmp_path / name, "val") for name in ("one", "two"))
+    assert one.keys() == two.keys() == {"step", "loss", "accuracy"}
+    assert all(float(two[name]) == pytest.approx(float(value), rel=1e-5) for name, value in one.items())
 
 
 def fails(capsys, *options) -> str:

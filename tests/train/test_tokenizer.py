@@ -32,6 +32,7 @@ from tests.train.tokenizer_runs import (
 pytest.importorskip("lightning")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+from fourdperf.train.module import val_batches  # noqa: E402
 from fourdperf.train.tokenizer import PatchFeatures, TokenizerTraining, with_pixel_decoder  # noqa: E402
 from fourdperf.train.tokenizer_loss import Weights  # noqa: E402
 
@@ -153,6 +154,39 @@ def test_two_processes_equal_one(data, tmp_path, options):
     done = start(data, tmp_path / "two", *options, *whole, "--batch_size=1", "--strategy=ddp", "--devices=2")
     assert done.returncode == 0, done.stderr
     assert alike(tmp_path / "one", tmp_path / "two", "grad_norm")
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory):
+    """Five pictures to validate on."""
+    folder = tmp_path_factory.mktemp("uneven")
+    for split, count in (("train", 8), ("val", 5)):
+        write_pictures(folder / split, count)
+    return folder
+
+
+VALIDATED = (*ALONE, "--lr=1e-12", "--max_steps=1", "--val_items=5", "--loss.entropy=0", "--loss.entropy_final=0")
+
+
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.heavy)])
+def test_two_processes_validate_as_one(uneven, tmp_path, strategy):
+    """On pictures of which one process has three and the other two, in batches of two."""
+    assert train(uneven, tmp_path / "one", *VALIDATED) == 0
+    done = start(uneven, tmp_path / "two", *VALIDATED, "--batch_size=2", f"--strategy={strategy}", "--devices=2")
+    assert done.returncode == 0, done.stderr
+    (one,), (two,) = (curve(tmp_path / name, "val") for name in ("one", "two"))
+    assert one.keys() == two.keys() >= {"loss", "psnr", "usage", "perplexity"}
+    assert all(float(two[name]) == pytest.approx(float(value), rel=1e-5) for name, value in one.items())
+
+
+@pytest.mark.parametrize(("items", "size", "ranks"), [(9, 4, 2), (5, 1, 2), (7, 1, 3), (10, 4, 1), (3, 8, 3)])
+def test_validation_has_as_many_batches_in_all_processes(items, size, ranks):
+    found = [val_batches(items, size, rank, ranks) for rank in range(ranks)]
+    assert len({len(batches) for batches in found}) == 1
+    assert all(1 <= len(batch) <= max(size, 2) for batches in found for batch in batches)
+    assert sorted(item for batches in found for batch in batches for item in batch) == list(range(items))
+    with pytest.raises(ValueError, match="wanted at least one item for each of 3 processes, got 2"):
+        val_batches(2, 4, 0, 3)
 
 
 @pytest.mark.heavy
