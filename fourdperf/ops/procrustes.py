@@ -231,7 +231,7 @@ def _inverse_forward(h, smallest):
     """By Cholesky, unless an eigenvalue may be too small: then by eigenvectors."""
     if h.numel() == 0:
         return torch.empty_like(h)
-    h, scale = _unit((h + h.mT) / 2)
+    h = (h + h.mT) / 2
     factor, failed = torch.linalg.cholesky_ex(h)
     root = torch.linalg.solve_triangular(factor, torch.eye(h.shape[-1], dtype=h.dtype, device=h.device), upper=False)
     y = root.mT @ root
@@ -241,7 +241,7 @@ def _inverse_forward(h, smallest):
         s, v = torch.linalg.eigh(finite)
         weight = _weigh(s, smallest * s.abs().amax(-1, keepdim=True))
         y[bad] = torch.where(whole, (v * weight[..., None, :]) @ v.mT, torch.nan)
-    return y * scale
+    return y
 
 
 _inverse = define(
