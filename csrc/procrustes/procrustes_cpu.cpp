@@ -86,8 +86,13 @@ template <class A> class Solver {
 
   // a <- in / 2^e with the largest entry in [1/2, 1): e, kZero or kNotFinite
   int load_scaled(const A* in, A* a) const {
-    A largest = 0, finite = 0;
-    for (int64_t i = 0; i < n * n; ++i) largest = fabs(in[i]) > largest ? fabs(in[i]) : largest, finite += in[i] * 0;
+    vec<A> most = {}, zero = {};
+    for_vectors<A>(n * n, [&](int64_t i, auto count) {
+      const vec<A> x = load<A>(in + i, count);
+      most = max(most, x < 0 ? -x : x);
+      zero += x * 0;
+    });
+    const A largest = reduce_max(most), finite = reduce_add(zero);
     if (finite != 0 || !(largest <= std::numeric_limits<A>::max())) return kNotFinite;
     if (largest == 0) {
       s.clear(a, n * ld);

@@ -27,8 +27,8 @@ template <class A> struct Square {
 
   explicit Square(int64_t n)
       : n(n), columns(round_up(n, kPanel<A>)), ld(padded(columns)), rows(round_up(n, kRows)), panel(n * kPanel<A>),
-        strips(2 * round_up(kBlock, kRows) * ld) {
-    clear(strips.data(), 2 * round_up(kBlock, kRows) * ld);
+        strips(3 * strip_size()) {
+    clear(strips.data(), 3 * strip_size());
   }
 
   static void clear(A* p, int64_t count) { memset(p, 0, size_t(count) * sizeof(A)); }
@@ -40,6 +40,7 @@ template <class A> struct Square {
   }
 
   int64_t size() const { return rows * ld; }
+  int64_t strip_size() const { return round_up(kBlock, kRows) * ld; }
 
   // c (rows x columns) = alpha a b + beta c; a (rows, depth) or, transposed, (depth, rows). upper: only tiles that reach
   // the diagonal or lie above. skip: columns skip .. skip + kBlock of c are left alone.
@@ -140,13 +141,12 @@ template <class A> struct Square {
     *sign = 1;
     for (int64_t k0 = 0; k0 < n; k0 += kBlock) {
       const int64_t k1 = smaller(k0 + kBlock, n), width = round_up(k1 - k0, lanes<A>);
+      int64_t pivot = k0;
+      for (int64_t i = k0; i < n; ++i) {
+        if (fabs(a[i * ld + k0]) > fabs(a[pivot * ld + k0])) pivot = i;
+      }
       for (int64_t j = k0; j < k1; ++j) {
-        int64_t pivot = j;
-        A largest = fabs(a[j * ld + j]);
-        for (int64_t i = j + 1; i < n; ++i) {
-          if (fabs(a[i * ld + j]) > largest) largest = fabs(a[i * ld + j]), pivot = i;
-        }
-        if (!(largest > 0)) return false;
+        if (!(fabs(a[pivot * ld + j]) > 0)) return false;
         order[j] = pivot;
         if (pivot != j) {
           *sign = -*sign;
@@ -157,11 +157,11 @@ template <class A> struct Square {
           }
         }
         if (a[j * ld + j] < 0) *sign = -*sign;
-        eliminate(a + k0, j, j - k0, width);
+        pivot = eliminate(a + k0, j, j - k0, width);
       }
       if (k1 - k0 == n) break;
       // the other columns: rows of the block are replaced by the panel's combination of them, which joins the other rows
-      clear(strip, round_up(kBlock, kRows) * ld);
+      clear(strip, strip_size());
       for (int64_t i = k0; i < k1; ++i) {
         memcpy(strip + (i - k0) * ld, a + i * ld, size_t(columns) * sizeof(A));
         A* row = a + i * ld;
@@ -178,19 +178,32 @@ template <class A> struct Square {
     return true;
   }
 
-  // One step of Gauss-Jordan on the columns of a panel: row j, column `at` of the panel.
-  void eliminate(A* panel_of_a, int64_t j, int64_t at, int64_t width) const {
+  // One step of Gauss-Jordan on the columns of a panel: row j, column `at` of the panel. Returns the next pivot's row.
+  // (What is stored as a number and loaded at once within a vector waits for the cache: column `at` is set last.)
+  int64_t eliminate(A* panel_of_a, int64_t j, int64_t at, int64_t width) const {
     A* top = panel_of_a + j * ld;
     const A inverse = 1 / top[at];
-    top[at] = 1;
-    for (int64_t c = 0; c < width; c += lanes<A>) store(top + c, inverse * load<A>(top + c));
+    alignas(64) A scaled[kBlock];
+    for (int64_t c = 0; c < width; ++c) scaled[c] = top[c] * inverse;
+    scaled[at] = inverse;
+    memcpy(top, scaled, size_t(width) * sizeof(A));
+    const int64_t next = smaller(at + 1, width - 1);
+    int64_t pivot = j + 1;
+    A largest = -1;
     for (int64_t i = 0; i < n; ++i) {
       if (i == j) continue;
       A* row = panel_of_a + i * ld;
       const A f = row[at];
-      row[at] = 0;
-      for (int64_t c = 0; c < width; c += lanes<A>) store(row + c, load<A>(row + c) - f * load<A>(top + c));
+      if (width == kBlock) {
+#pragma GCC unroll 16
+        for (int64_t c = 0; c < kBlock; c += lanes<A>) store(row + c, load<A>(row + c) - f * load<A>(scaled + c));
+      } else {
+        for (int64_t c = 0; c < width; c += lanes<A>) store(row + c, load<A>(row + c) - f * load<A>(scaled + c));
+      }
+      row[at] = -f * inverse;
+      if (i > j && fabs(row[next]) > largest) largest = fabs(row[next]), pivot = i;
     }
+    return pivot;
   }
 
   // Turns rows of g (and v alike) in pairs until they are orthogonal: v g0 = g, where v began as the identity.
@@ -233,8 +246,8 @@ template <class A> struct Square {
   // The upper half of a <- minus that of a^-1, a symmetric (its upper half is read). False where it is not positive
   // definite.
   bool sweep(A* a) {
-    A *strip = strips.data(), *product = strip + round_up(kBlock, kRows) * ld;
-    alignas(64) A block[kBlock * kBlock];
+    A *strip = strips.data(), *product = strip + strip_size(), *inverse_block = product + strip_size();
+    alignas(64) A block[kBlock * kBlock] = {}, scaled[kBlock];
     for (int64_t k0 = 0; k0 < n; k0 += kBlock) {
       const int64_t k1 = smaller(k0 + kBlock, n), b = k1 - k0;
       clear(strip, b * ld);
@@ -248,20 +261,23 @@ template <class A> struct Square {
       for (int64_t j = 0; j < b; ++j) {  // Gauss-Jordan
         if (!(block[j * kBlock + j] > 0)) return false;
         const A inverse = 1 / block[j * kBlock + j];
-        block[j * kBlock + j] = 1;
-        for (int64_t c = 0; c < b; ++c) block[j * kBlock + c] *= inverse;
+        for (int64_t c = 0; c < kBlock; ++c) scaled[c] = block[j * kBlock + c] * inverse;
+        scaled[j] = inverse;
+        memcpy(block + j * kBlock, scaled, sizeof(scaled));
         for (int64_t i = 0; i < b; ++i) {
           if (i == j) continue;
           const A f = block[i * kBlock + j];
-          block[i * kBlock + j] = 0;
-          for (int64_t c = 0; c < b; ++c) block[i * kBlock + c] -= f * block[j * kBlock + c];
+          for (int64_t c = 0; c < kBlock; c += lanes<A>) {
+            store(block + i * kBlock + c, load<A>(block + i * kBlock + c) - f * load<A>(scaled + c));
+          }
+          block[i * kBlock + j] = -f * inverse;
         }
       }
-      clear(product, b * ld);
-      for (int64_t r = 0; r < b; ++r) {
-        for (int64_t c = 0; c < b; ++c) add_row(block[r * kBlock + c], strip + c * ld, product + r * ld);
+      if (b < n) {
+        for (int64_t r = 0; r < b; ++r) memcpy(inverse_block + r * ld, block + r * kBlock, size_t(b) * sizeof(A));
+        multiply<false>(1, inverse_block, strip, 0, product, b, b);
+        multiply<true>(-1, strip, product, 1, a, rows, b, true);
       }
-      if (b < n) multiply<true>(-1, strip, product, 1, a, rows, b, true);
       for (int64_t i = 0; i < k0; ++i) {
         for (int64_t r = 0; r < b; ++r) a[i * ld + k0 + r] = product[r * ld + i];
       }

@@ -214,7 +214,7 @@ class IsometricOperator(nn.Module):
             eigenvalues = Lambda.square()
             if self.clustered:
                 order = eigenvalues.detach().argsort(stable=True)
-                functions, eigenvalues = functions[:, order], eigenvalues[order]
+                functions, eigenvalues = functions.index_select(1, order), eigenvalues.index_select(0, order)
             else:
                 eigenvalues = eigenvalues.cumsum(0)
             return Basis(mass, functions, eigenvalues, eigenvalue_mask(eigenvalues))
@@ -226,7 +226,7 @@ class IsometricOperator(nn.Module):
             raise ValueError(f"x: expected fields (B, {spatial}, C), got {tuple(x.shape)}")
         with _full_precision(x):
             weighted = basis.functions * basis.mass[:, None]
-            return torch.einsum("nk,...nc->...kc", weighted, x.to(weighted.dtype))
+            return _product(weighted.mT, x)
 
     def unproject(self, coefficients: Tensor, basis: Basis) -> Tensor:
         """Fields Phi c `(B, N, C)` of coefficients `(B, k, C)`."""
@@ -234,7 +234,7 @@ class IsometricOperator(nn.Module):
         if coefficients.ndim < 2 or coefficients.shape[-2] != op_dim:
             raise ValueError(f"coefficients: expected (B, {op_dim}, C), got {tuple(coefficients.shape)}")
         with _full_precision(coefficients):
-            return torch.einsum("nk,...kc->...nc", basis.functions, coefficients.to(basis.functions.dtype))
+            return _product(basis.functions, coefficients)
 
     def align(self, a: Tensor, b: Tensor, basis: Basis) -> Tensor:
         """The rotation tau `(B, k, k)` nearest to mask * b a^T, of coefficients `(B, k, C)`: tau a is close to b."""
@@ -254,11 +254,16 @@ class IsometricOperator(nn.Module):
     def check(self) -> None:
         """Raises ValueError for a mass of zero, which never moves again, and parameters that are not finite."""
         for name, x in self.named_parameters(recurse=False):
-            if not x.isfinite().all():
+            if not _is_finite(x):
                 raise ValueError(f"{name}: expected finite numbers, got {x[~x.isfinite()][0].item()}")
         if not self.M.all():
             where = (self.M == 0).nonzero()[0].item()
             raise ValueError(f"M: expected a mass at every point, got zero at point {where}")
+
+
+def _product(matrix: Tensor, x: Tensor) -> Tensor:
+    """matrix x `(.., m, C)` of `(m, n)` and `(.., n, C)`, a product for each sample: nothing is copied or turned."""
+    return matrix.expand(*x.shape[:-2], *matrix.shape) @ x.to(matrix.dtype)
 
 
 def eigenvalue_mask(eigenvalues: Tensor) -> Tensor:
@@ -408,11 +413,15 @@ class Autoencoder(Model):
         tau = self.operator.align(of_a, of_b, basis)
         tap(taps, "functions", basis.functions)
         tap(taps, "eigenvalues", basis.eigenvalues)
-        tap(taps, "coefficients", torch.cat([of_a, of_b]))
+        if taps is not None:
+            taps["coefficients"] = torch.cat([of_a, of_b])
         tap(taps, "tau", tau)
         with _full_precision(tau):
-            taken = torch.cat([tau.mT @ of_b, tau @ of_a])
-        recon_a, recon_b = self.decode(self.operator.unproject(taken, basis), taps).chunk(2)
+            taken = tau.mT @ of_b, tau @ of_a
+        if self.decoder is None:
+            recon_a, recon_b = (self.decode(self.operator.unproject(x, basis)) for x in taken)
+        else:
+            recon_a, recon_b = self.decode(self.operator.unproject(torch.cat(taken), basis), taps).chunk(2)
         return Related(basis, of_a, of_b, tau, recon_a, recon_b)
 
 
@@ -489,8 +498,12 @@ MODELS = {model.kind: model for model in (Autoencoder, Classifier, PosePredictor
 
 
 def _check_finite(name: str, x: Tensor) -> None:
-    if x.numel() and not torch.stack(x.detach().aminmax()).isfinite().all():
+    if not _is_finite(x):
         raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
+
+
+def _is_finite(x: Tensor) -> bool:
+    return not x.numel() or bool(torch.stack(x.detach().aminmax()).isfinite().all())
 
 
 def _full_precision(x: Tensor) -> torch.autocast:

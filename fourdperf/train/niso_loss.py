@@ -42,7 +42,7 @@ def l1(a: Tensor, b: Tensor) -> Tensor:
     if a.shape != b.shape:
         raise ValueError(f"a and b: expected one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
     dtype = wide(torch.promote_types(a.dtype, b.dtype))
-    return (a.to(dtype) - b.to(dtype)).abs().mean()
+    return F.l1_loss(a.to(dtype), b.to(dtype))
 
 
 def multiplicity_loss(mask: Tensor) -> Tensor:
