@@ -229,7 +229,8 @@ class TokenizerTraining(ModelTraining):
             return
         self.counts = self.trainer.strategy.reduce(self.counts, reduce_op="sum")
         values = {"usage": usage(self.counts), "perplexity": perplexity(self.counts)}
-        self.log_dict({f"val/{name}": value.float() for name, value in values.items()})
+        # the same in all processes, of which Lightning cannot know
+        self.log_dict({f"val/{name}": value.float() for name, value in values.items()}, sync_dist=True)
 
 
 class PatchFeatures(nn.Module):
