@@ -348,7 +348,7 @@ inline vec<float> exp2(vec<float> x) {
 #else
 inline vec<float> exp2(vec<float> x) {
   constexpr float c[] = {6.93147188e-1f, 2.40226508e-1f, 5.5503571e-2f, 9.61808256e-3f, 1.33908634e-3f, 1.5453153e-4f};
-  const vec<float> low = broadcast<float>(-126.5f), high = broadcast<float>(128.f), magic = broadcast<float>(0x1.8p23f);
+  const vec<float> low = broadcast<float>(-127.f), high = broadcast<float>(128.f), magic = broadcast<float>(0x1.8p23f);
   x = x < low ? low : x;
   x = x > high ? high : x;
   const vec<float> shifted = x + magic, n = shifted - magic;
