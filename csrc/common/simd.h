@@ -11,6 +11,7 @@
 //   exp2(v)                      2^v to about an ulp; below the normal range 0; NaN stays NaN; from 2^127.5 (2^1023.5) on infinity
 //   exp2_coarse(v)               the same to 13 bits and for v < 128, for what is rounded to bf16 next
 //   for_vectors<A>(size, f)
+//   hold(v)                      keeps v in a register
 //   transpose(v)                 lanes<float> vectors as rows of a square, in place
 #pragma once
 #include <cstdint>
@@ -310,6 +311,15 @@ template <class V> inline bool any(V holds) {
   int64_t word[2];
   memcpy(word, &holds, sizeof(word));
   return (word[0] | word[1]) != 0;
+#endif
+}
+
+// Keeps a vector in a register: gcc would rather read it again as an operand of every multiplication.
+template <class V> inline void hold(V& v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#elif defined(__SSE2__)
+  asm("" : "+x"(v));
 #endif
 }
 

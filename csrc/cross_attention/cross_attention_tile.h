@@ -185,7 +185,10 @@ inline void product(const Rows rows, const typename M::Unit* lane, int64_t steps
   for (int64_t s = 0; s < steps; ++s) {
     typename M::Units x[M::kVectors];
 #pragma GCC unroll 3
-    for (int j = 0; j < M::kVectors; ++j) memcpy(&x[j], lane + s * kLanes<M> + j * step, sizeof(x[j]));
+    for (int j = 0; j < M::kVectors; ++j) {
+      memcpy(&x[j], lane + s * kLanes<M> + j * step, sizeof(x[j]));
+      hold(x[j]);
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < M::kRows; ++r) {
       const auto row = rows(s, r);

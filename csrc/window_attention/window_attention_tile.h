@@ -314,15 +314,6 @@ template <class A> struct ExtraKeys {
   ExtraKeys from(int64_t n) const { return {keys + n * dim, dim}; }
 };
 
-// Keeps a vector in a register: gcc would rather read it again as an operand of every multiplication.
-template <class V> inline void hold(V& v) {
-#if defined(__AVX512F__)
-  asm("" : "+v"(v));
-#elif defined(__SSE2__)
-  asm("" : "+x"(v));
-#endif
-}
-
 template <int R, int N, class A, class Keys>
 inline void score_block(const A* q, int64_t dim, const Keys& keys, A* const* scores, int64_t at) {
   constexpr int64_t L = lanes<A>;
