@@ -11,6 +11,7 @@
 //   exp2(v)                      2^v to about an ulp; below the normal range 0; NaN stays NaN; from 2^127.5 (2^1023.5) on infinity
 //   exp2_coarse(v)               the same to 13 bits and for v < 128, for what is rounded to bf16 next
 //   for_vectors<A>(size, f)
+//   hold(v)                      keeps v in a register
 //   transpose(v)                 lanes<float> vectors as rows of a square, in place
 #pragma once
 #include <cstdint>
@@ -313,6 +314,15 @@ template <class V> inline bool any(V holds) {
 #endif
 }
 
+// Keeps a vector in a register: gcc would rather read it again as an operand of every multiplication.
+template <class V> inline void hold(V& v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#elif defined(__SSE2__)
+  asm("" : "+x"(v));
+#endif
+}
+
 // ---- 2^x = 2^n p(x - n), n the nearest integer (floats on AVX-512: floor); p(0) = 1.
 // Adding `magic` leaves the nearest integer in the low bits. Comparisons are the way round that keeps NaN.
 template <class A, int N> inline vec<A> polynomial(vec<A> f, const A (&c)[N]) {
@@ -348,7 +358,7 @@ inline vec<float> exp2(vec<float> x) {
 #else
 inline vec<float> exp2(vec<float> x) {
   constexpr float c[] = {6.93147188e-1f, 2.40226508e-1f, 5.5503571e-2f, 9.61808256e-3f, 1.33908634e-3f, 1.5453153e-4f};
-  const vec<float> low = broadcast<float>(-126.5f), high = broadcast<float>(128.f), magic = broadcast<float>(0x1.8p23f);
+  const vec<float> low = broadcast<float>(-127.f), high = broadcast<float>(128.f), magic = broadcast<float>(0x1.8p23f);
   x = x < low ? low : x;
   x = x > high ? high : x;
   const vec<float> shifted = x + magic, n = shifted - magic;

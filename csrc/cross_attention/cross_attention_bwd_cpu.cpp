@@ -137,14 +137,14 @@ template <class T> struct Backward {
         for (int64_t k = 0; k < keys; k += kBlock) {
           const int64_t some = smaller(keys - k, kBlock);
           A *p_k = p + k * kLanes<M>, *deltas_k = deltas + k * kLanes<M>;
-          score<M>(rows + k * steps, queries, some, steps, p_k);
-          score<M>(rows + key_room + k * value_steps, queries + lane_units, some, value_steps, deltas_k);
+          score<M>(packed_tokens<M>(rows + k * steps, steps), queries, some, steps, p_k);
+          score<M>(packed_tokens<M>(rows + key_room + k * value_steps, value_steps), queries + lane_units, some, value_steps, deltas_k);
           weigh_queries<M>(p_k, deltas_k, some, c, largest, factor, sum_delta);
         }
         for (int64_t k = 0; k < keys; k += kBlock) {
           const int64_t some = smaller(keys - k, kBlock);
           differ_queries<M>(p + k * kLanes<M>, deltas + k * kLanes<M>, some, sum_delta, t);
-          gather<M>(rows + key_room + value_room + k / kBlock * block, t, some, a.size, sums);
+          gather<M>(packed_channels<M>(rows + key_room + value_room + k / kBlock * block), t, some, a.size, sums);
         }
         memcpy(&delta[head * a.queries + q], sum_delta, size_t(count) * sizeof(A));
         for (int64_t l = 0; l < count; ++l) factor[l] = A(a.scale);
@@ -207,11 +207,11 @@ template <class T> struct Backward {
           for (int64_t tile = 0; tile < tiles; ++tile) {
             const Unit* of = tile_of + tile * tile_units;
             A* d = sums_of + tile * tile_sums;
-            score<M>(rows + q * steps, of, count, steps, x);
-            score<M>(rows + starts[1] + q * value_steps, of + lane_units, count, value_steps, deltas);
+            score<M>(packed_tokens<M>(rows + q * steps, steps), of, count, steps, x);
+            score<M>(packed_tokens<M>(rows + starts[1] + q * value_steps, value_steps), of + lane_units, count, value_steps, deltas);
             weigh_keys<M>(x, deltas, count, c, {of_head.largest + q, of_head.factor + q, of_head.delta + q}, p, t);
-            gather<M>(rows + starts[2] + q / kBlock * block, t, count, a.size, d);
-            gather<M>(rows + starts[3] + q / kBlock * value_block, p, count, a.value_size, d + sums_room);
+            gather<M>(packed_channels<M>(rows + starts[2] + q / kBlock * block), t, count, a.size, d);
+            gather<M>(packed_channels<M>(rows + starts[3] + q / kBlock * value_block), p, count, a.value_size, d + sums_room);
           }
         }
         T* d_k = static_cast<T*>(a.d_k) + (b * a.keys * a.heads + h) * a.size;

@@ -29,6 +29,7 @@ constexpr int64_t kLongest = 16;
 #endif
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t pieces(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // One head of an operand; token t is row index[t] (or t) of the memory.
@@ -37,6 +38,9 @@ template <class T> struct Head {
   int64_t token, channel, tokens;
   const int64_t* index;
   const T* row(int64_t t) const { return data + (index ? index[t] : t) * token; }
+  Head from(int64_t t) const {
+    return {index ? data : data + t * token, token, channel, tokens - t, index ? index + t : nullptr};
+  }
   // Rows are often pages apart, where no hardware prefetcher follows.
   void expect(int64_t t, int64_t channels) const {
     if (t >= tokens || channel != 1) return;
@@ -70,6 +74,10 @@ template <class T> struct Plain {
   static vec<A> units(const T* x) { return load<A>(x); }  // lanes<A> of them
   static Unit half_unit(const T* x) { return to_float(*x); }
   static Unit negative(Unit x) { return -x; }
+  static void copy(const T* x, int64_t n, Unit* to) {
+    for_vectors<A>(n, [&](int64_t i, auto width) { store(to + i, load<A>(x + i, width), width); });
+  }
+  static void copy(const T* x, const T*, int64_t n, Unit* to) { copy(x, n, to); }
   static vec<A> madd(vec<A> sum, Units lane, Unit row) { return sum + lane * broadcast<A>(row); }
   static vec<A> power(vec<A> x) { return exp2(x); }
   static vec<A> near(vec<A> m, A) { return m; }
@@ -98,6 +106,17 @@ struct Dot {
   }
   static Unit unit(const bf16_t* x, const bf16_t* y) { return x->bits | Unit(y->bits) << 16; }
   static Unit half_unit(const bf16_t* x) { return x->bits; }
+  static void copy(const bf16_t* x, int64_t n, Unit* to) {
+    if (n % 2) to[n / 2] = half_unit(x + n - 1);
+    memcpy(to, x, size_t(n / 2) * sizeof(Unit));
+  }
+  static void copy(const bf16_t* x, const bf16_t* y, int64_t n, Unit* to) {
+    const auto wide = [](const bf16_t* p, __mmask16 which) { return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(which, p)); };
+    for (int64_t i = 0; i < n; i += 16) {
+      const __mmask16 which = __mmask16((1u << smaller(n - i, 16)) - 1u);
+      _mm512_mask_storeu_epi32(to + i, which, _mm512_or_si512(wide(x + i, which), _mm512_slli_epi32(wide(y + i, which), 16)));
+    }
+  }
   static Unit negative(Unit x) { return x ^ 0x80008000u; }
   static vec<float> madd(vec<float> sum, Units lane, Unit row) {
     return (vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)lane, (__m512bh)_mm512_set1_epi32(int(row)));
@@ -223,8 +242,8 @@ struct Amx : Dot {
       for (int64_t r = 0; r < count; ++r) {
         const bf16_t* p = x.row(first + r) + c * x.channel;
         bf16_t* to = reinterpret_cast<bf16_t*>(dst + r * kStep);
-        if (x.channel == 1) {
-          memcpy(to, p, size_t(width) * sizeof(*p));
+        if (x.channel == 1 && width == kWide) {
+          memcpy(to, p, kWide * sizeof(*p));
         } else {
           for (int64_t i = 0; i < width; ++i) to[i] = p[i * x.channel];
         }
@@ -273,6 +292,11 @@ template <> struct mode_of<bf16_t> { using type = Amx; };
 #elif defined(__AVX512BF16__)
 template <> struct mode_of<bf16_t> { using type = Dot; };
 #endif
+
+// V vectors of lanes, where queries fill no more; with one, more rows keep the multipliers busy.
+template <class M, int V> struct Narrow : M {
+  static constexpr int kVectors = V, kRows = V == 1 ? 8 : M::kRows;
+};
 
 template <class M> constexpr int64_t kLanes = M::kVectors * lanes<typename M::A>;
 

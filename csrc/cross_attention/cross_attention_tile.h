@@ -106,6 +106,39 @@ inline void pack_channels(const Head<typename M::Type>& x, int64_t tokens, int64
   }
 }
 
+// One block of tokens as they come: [token][width] units; zeros beyond `count`
+template <class M>
+inline void copy_tokens(const Head<typename M::Type>& x, int64_t count, int64_t channels, int64_t width, typename M::Unit* dst) {
+  if (count < kBlock) memset(dst + count * width, 0, size_t((kBlock - count) * width) * sizeof(*dst));
+  for (int64_t t = 0; t < count; ++t, dst += width) {
+    const auto* p = x.row(t);
+    if (x.channel == 1) {
+      M::copy(p, channels, dst);
+      continue;
+    }
+    for (int64_t c = 0; c < channels; c += M::pair) {
+      const auto* at = p + c * x.channel;
+      dst[c / M::pair] = c + M::pair <= channels ? M::unit(at, at + (M::pair - 1) * x.channel) : M::half_unit(at);
+    }
+  }
+}
+
+// One block of tokens whose channels are rows: [step of tokens][width] units; zeros beyond `channels`
+template <class M>
+inline void copy_channels(const Head<typename M::Type>& x, int64_t count, int64_t channels, int64_t width, typename M::Unit* dst) {
+  for (int64_t t = 0; t < count; t += M::pair, dst += width) {
+    const auto *p = x.row(t), *q = t + M::pair <= count ? x.row(t + M::pair - 1) : nullptr;
+    memset(dst + channels, 0, size_t(width - channels) * sizeof(*dst));
+    if (x.channel == 1 && q) {
+      M::copy(p, q, channels, dst);
+      continue;
+    }
+    for (int64_t c = 0; c < channels; ++c) {
+      dst[c] = q ? M::unit(p + c * x.channel, q + c * x.channel) : M::half_unit(p + c * x.channel);
+    }
+  }
+}
+
 // Units that the two layouts take.
 template <class M> int64_t token_room(int64_t tokens, int64_t channels) {
   return pieces(tokens, M::kRows) * M::kRows * steps_of<M>(channels);
@@ -114,10 +147,32 @@ template <class M> int64_t channel_room(int64_t tokens, int64_t channels) {
   return pieces(tokens, kBlock) * pieces(channels, M::kRows) * M::kRows * (kBlock / M::pair);
 }
 
+// ---- where the rows of products lie: packed, or token after token
+template <class M> struct PackedRows {
+  const typename M::Unit* at;
+  int64_t tile;  // units of a tile
+  typename M::Unit operator()(int64_t s, int r) const { return at[s * M::kRows + r]; }
+  PackedRows from(int64_t i, int64_t s) const { return {at + i * tile + s * M::kRows, tile}; }
+};
+template <class M> PackedRows<M> packed_tokens(const typename M::Unit* from, int64_t steps) { return {from, steps * M::kRows}; }
+template <class M> PackedRows<M> packed_channels(const typename M::Unit* block) { return {block, kBlock / M::pair * M::kRows}; }
+template <class M> struct TokenRows {
+  const typename M::Unit* at;
+  int64_t token;
+  typename M::Unit operator()(int64_t s, int r) const { return at[r * token + s]; }
+  TokenRows from(int64_t i, int64_t s) const { return {at + i * M::kRows * token + s, token}; }
+};
+template <class M> struct ChannelRows {
+  const typename M::Unit* at;
+  int64_t token;
+  typename M::Unit operator()(int64_t s, int r) const { return at[s * token + r]; }
+  ChannelRows from(int64_t i, int64_t s) const { return {at + i * M::kRows + s * token, token}; }
+};
+
 // ---- the product: out[r][l] = (kAdd ? out[r][l] : 0) + sum_s rows[s][r] lanes[s][l], r < kRows, l < kLanes
-template <class M, bool kAdd>
-inline void product(const typename M::Unit* rows, const typename M::Unit* lane, int64_t steps, typename M::A* out) {
-  if constexpr (M::kStep > 1) return M::template product<kAdd>(rows, lane, steps, out);
+template <class M, bool kAdd, class Rows>
+inline void product(const Rows rows, const typename M::Unit* lane, int64_t steps, typename M::A* out) {
+  if constexpr (M::kStep > 1) return M::template product<kAdd>(rows.at, lane, steps, out);
   using A = typename M::A;
   constexpr int step = lanes<A>;
   // all loops over registers are unrolled before anything else, or gcc keeps the sums in memory
@@ -130,10 +185,13 @@ inline void product(const typename M::Unit* rows, const typename M::Unit* lane, 
   for (int64_t s = 0; s < steps; ++s) {
     typename M::Units x[M::kVectors];
 #pragma GCC unroll 3
-    for (int j = 0; j < M::kVectors; ++j) memcpy(&x[j], lane + s * kLanes<M> + j * step, sizeof(x[j]));
+    for (int j = 0; j < M::kVectors; ++j) {
+      memcpy(&x[j], lane + s * kLanes<M> + j * step, sizeof(x[j]));
+      hold(x[j]);
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < M::kRows; ++r) {
-      const auto row = rows[s * M::kRows + r];
+      const auto row = rows(s, r);
 #pragma GCC unroll 3
       for (int j = 0; j < M::kVectors; ++j) sum[r][j] = M::madd(sum[r][j], x[j], row);
     }
@@ -169,26 +227,24 @@ template <class M, class A = typename M::A> inline vec<A> weight(vec<A> x, vec<A
   else return M::power(Power<A>(m, c).of(x));
 }
 
-// scores[r][l] for the first `count` rows (rounded up to kRows) of packed tokens
-template <class M>
-inline void score(const typename M::Unit* rows, const typename M::Unit* lane, int64_t count, int64_t steps,
-                  typename M::A* scores) {
-  for (int64_t r = 0; r < count; r += M::kRows, rows += steps * M::kRows, scores += M::kRows * kLanes<M>) {
-    product<M, false>(rows, lane, smaller(steps, kLongest), scores);
+// scores[r][l] for the first `count` rows (rounded up to kRows) of tokens
+template <class M, class Rows>
+inline void score(const Rows& rows, const typename M::Unit* lane, int64_t count, int64_t steps, typename M::A* scores) {
+  for (int64_t i = 0; i < pieces(count, M::kRows); ++i, scores += M::kRows * kLanes<M>) {
+    product<M, false>(rows.from(i, 0), lane, smaller(steps, kLongest), scores);
     for (int64_t s = kLongest; s < steps; s += kLongest) {
-      product<M, true>(rows + s * M::kRows, lane + s * kLanes<M>, smaller(steps - s, kLongest), scores);
+      product<M, true>(rows.from(i, s), lane + s * kLanes<M>, smaller(steps - s, kLongest), scores);
     }
   }
 }
 
-// sums[c][l] += rows[..][c] weights[..][l] over the `count` tokens of one block of packed channels
-template <class M>
-inline void gather(const typename M::Unit* rows, const typename M::Unit* weights, int64_t count, int64_t channels,
-                   typename M::A* sums) {
+// sums[c][l] += rows[..][c] weights[..][l] over the `count` tokens of one block of channels
+template <class M, class Rows>
+inline void gather(const Rows& rows, const typename M::Unit* weights, int64_t count, int64_t channels, typename M::A* sums) {
   const int64_t steps = steps_of<M>(count);
-  for (int64_t c = 0; c < channels; c += M::kRows, rows += kBlock / M::pair * M::kRows) {
+  for (int64_t i = 0; i < pieces(channels, M::kRows); ++i, sums += M::kRows * kLanes<M>) {
     for (int64_t s = 0; s < steps; s += kLongest) {
-      product<M, true>(rows + s * M::kRows, weights + s * kLanes<M>, smaller(steps - s, kLongest), sums + c * kLanes<M>);
+      product<M, true>(rows.from(i, s), weights + s * kLanes<M>, smaller(steps - s, kLongest), sums);
     }
   }
 }

@@ -26,8 +26,8 @@ template <class A, class T> struct Backward {
 
   Backward(const WindowAttentionArgs& a)
       : a(a), plan(a, true), classes(plan.classes_y * plan.classes_x), tasks(a.frames * a.heads * classes * plan.bands),
-        stream_q(streams<T>(a, a.d_q)), stream_k(plan.bands == 1 && streams<T>(a, a.d_k)),
-        stream_v(plan.bands == 1 && streams<T>(a, a.d_v)) {}
+        stream_q(streams<T>(a, a.d_q, kVectorBytes)), stream_k(plan.bands == 1 && streams<T>(a, a.d_k, 64)),
+        stream_v(plan.bands == 1 && streams<T>(a, a.d_v, 64)) {}
 
   struct Scratch {
     Buffer<A> keys, values, plain_keys, extra_keys, extra_values, q, d_out, heads, scores, d_scores, d_k, d_v;

@@ -58,7 +58,7 @@ template <class A, class T> struct Forward {
   const Plan<A> plan;
   const bool streamed;
 
-  explicit Forward(const WindowAttentionArgs& a) : a(a), plan(a, false), streamed(streams<T>(a, a.out)) {}
+  explicit Forward(const WindowAttentionArgs& a) : a(a), plan(a, false), streamed(streams<T>(a, a.out, kVectorBytes)) {}
 
   struct Scratch {
     Buffer<A> keys, values, extra_keys, extra_values, q, scores;

@@ -210,10 +210,10 @@ template <class A, class T> inline void store_head(T* to, int64_t d, int64_t dim
   }
 }
 
-// Whether a result is written past the caches: where it is large, and whole lines of it are made at a time.
-template <class T> inline bool streams(const WindowAttentionArgs& a, const void* out) {
+// Whether a result is written past the caches: where it is large, and whole lines of it are made at a time, `at_once` bytes.
+template <class T> inline bool streams(const WindowAttentionArgs& a, const void* out, int64_t at_once) {
   const int64_t head = a.dim * int64_t(sizeof(T)), bytes = a.frames * a.height * a.width * a.heads * head;
-  return kVectorBytes == 64 && bytes >= int64_t(4) << 20 && head % 64 == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
+  return at_once % 64 == 0 && bytes >= int64_t(4) << 20 && head % 64 == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
 }
 
 inline constexpr bool within(int, Full) { return true; }
@@ -313,15 +313,6 @@ template <class A> struct ExtraKeys {
   vec<A> seen(vec<A> score, int) const { return score; }
   ExtraKeys from(int64_t n) const { return {keys + n * dim, dim}; }
 };
-
-// Keeps a vector in a register: gcc would rather read it again as an operand of every multiplication.
-template <class V> inline void hold(V& v) {
-#if defined(__AVX512F__)
-  asm("" : "+v"(v));
-#elif defined(__SSE2__)
-  asm("" : "+x"(v));
-#endif
-}
 
 template <int R, int N, class A, class Keys>
 inline void score_block(const A* q, int64_t dim, const Keys& keys, A* const* scores, int64_t at) {
