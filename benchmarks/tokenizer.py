@@ -11,7 +11,7 @@ the seed has them, at the measured matmul rate. Ours makes a tenth less (doubled
 Generation: 2 pictures of 32 codes in 4 steps, of which the first has no guidance. The plain loop has torch's attention,
 and makes two passes with the logits of all places in every step; compiled is each of its blocks. Codes a second: 64 over
 the time. In bfloat16 a rounding may change a code, and all that follow: there the logits of one pass are compared, before
-anything is timed, and of the codes nothing but that they are some.
+anything is timed, and the codes are not.
 """
 
 import copy

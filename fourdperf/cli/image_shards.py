@@ -1,6 +1,7 @@
 """``fourdperf image_shards``: images as WebDataset shards, for training on data that lie on network or object storage."""
 
 import os
+import tarfile
 from pathlib import Path
 
 from fourdperf.data.image_sets import open_image_set
@@ -33,7 +34,7 @@ def image_shards(
         per_shard: Images per shard; a kill costs at most these. Where others stream the shards, there must be at least
             one for each process and worker.
         image_size: Make larger images smaller, as JPEG: pixels of the shorter side. By default files stay as they are.
-        skip_bad: Leave out images that are missing, cut off or none, with a line for each; by default the first one
+        skip_bad: Leave out files that are missing, cut off or not images, with a line for each; by default the first one
             stops the command.
         seed: Of the order, so that a shard has images of all kinds.
     """
@@ -46,8 +47,19 @@ def image_shards(
     if ranks > 1:
         print(f"process {rank} of {ranks} wrote {written} shards to {out}{left}")
         return
-    write_png(out / "overview.png", stack([_row(out, split) for split in sets]))
+    rows = [_row(out, split) for split in sets if _has_images(out, split)]
+    if rows:
+        write_png(out / "overview.png", stack(rows))
     print(f"{counts} images{left}; wrote {written} shards to {out}; {out / 'overview.png'} shows some")
+
+
+def _has_images(out: Path, split: str) -> bool:
+    """False where all that a split had was bad."""
+    for path in out.glob(f"{split}-*.tar"):
+        with tarfile.open(path) as tar:
+            if tar.next():
+                return True
+    return False
 
 
 def _row(out: Path, split: str):

@@ -89,7 +89,7 @@ def token_generator(
         num_nodes: Nodes, under torchrun or SLURM.
         accelerator: Where to train.
         strategy: How several devices share the work: ddp, each with the whole model; fsdp, each with a part of the
-            parameters, on GPUs or CPUs. One process goes on from what either has written.
+            parameters, on GPUs or CPUs. A single process can go on from a checkpoint of either.
         precision: Number type of the computation.
         accumulate_grad_batches: Batches per optimiser step.
         ckpt: The checkpoint to go on from; the other options must be those of its run.

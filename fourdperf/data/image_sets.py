@@ -311,6 +311,10 @@ class Hdf5Pictures:
         except OSError as error:
             raise ValueError(f"{self.files[number]}: corrupt: image {index}: {error}") from error
 
+    def name(self, index: int) -> str:
+        number = int(np.searchsorted(self.ends, index, "right"))
+        return f"{self.files[number]}: image {index - (self.ends[number - 1] if number else 0)}"
+
     def labels(self) -> list[int] | None:
         """Of all pictures; None where there are none."""
         found = [self._dataset(number, "labels") for number in range(len(self.files))]

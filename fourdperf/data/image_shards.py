@@ -27,7 +27,7 @@ from tqdm import tqdm
 from fourdperf.data.files import atomic_path, write_text
 from fourdperf.data.image_sets import FilePictures, ImageSet, TarPictures, open_image_set
 from fourdperf.data.images import SPLITS
-from fourdperf.data.scene_files import decode_image
+from fourdperf.data.scene_files import IMAGE_SUFFIXES, decode_image
 
 __all__ = ["open_splits", "write_image_shards"]
 
@@ -125,6 +125,8 @@ def _members(images: ImageSet, index: int, image_size: int | None) -> dict[str, 
         suffix, picture = Path(name).suffix.lower(), decode_image(content, name, cv2.IMREAD_COLOR_RGB)
     else:
         suffix, content, picture = ".png", None, pictures[number]
+    if suffix not in IMAGE_SUFFIXES:  # of a list, which may name anything: readers would not know it
+        suffix, content = ".png", None
     shorter = min(picture.shape[:2])
     if image_size is not None and shorter > image_size:
         size = tuple(max(image_size, round(side * image_size / shorter)) for side in picture.shape[1::-1])
@@ -142,25 +144,22 @@ def _digest(sets: Mapping[str, ImageSet]) -> str:
     found = hashlib.sha256()
     for split, images in sets.items():
         for number in map(int, images.mine):
-            pictures = images.pictures
-            name = pictures.name(number) if isinstance(pictures, FilePictures | TarPictures) else number
-            found.update(f"{split} {name} {int(images.labels[number])}\n".encode())
+            found.update(f"{split} {images.pictures.name(number)} {int(images.labels[number])}\n".encode())
     return found.hexdigest()[:16]
 
 
 def _begin(out: Path, identity: dict) -> None:
     """Writes what a folder begins with, or checks that it was begun with the same."""
-    file = out / DESCRIPTION
-    if not file.exists():
-        if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
+    file, wanted = out / DESCRIPTION, {"format": FORMAT, **identity}
+    found = list(out.iterdir()) if out.is_dir() else [out] * out.exists()
+    if not file.exists():  # looked at after the folder: another process writes its first shard after this
+        if any(not path.name.startswith(f".{file.stem}.") for path in found):
             raise ValueError(f"{out}: wanted a new or empty folder, or one with {DESCRIPTION}, got other files")
-        write_text(file, json.dumps({"format": FORMAT, **identity}, indent=2) + "\n")
-        return
+        write_text(file, json.dumps(wanted, indent=2) + "\n")
     try:
         known = json.loads(file.read_bytes())
     except ValueError as error:
         raise ValueError(f"{file}: corrupt: {error}") from error
-    wanted = {"format": FORMAT, **identity}
     if known != wanted:
         names = [name for name in wanted if not isinstance(known, dict) or known.get(name) != wanted[name]]
         different = ", ".join(f"{name} {known.get(name) if isinstance(known, dict) else None}" for name in names)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fourdperf.models.layers import attention
+from fourdperf.models.layers import attention, untouched
 
 GROUPS = 32
 GROUP_NORM_EPS = 1e-6
@@ -61,14 +61,16 @@ def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
 
 
-def swish(x: Tensor) -> Tensor:
-    """x sigmoid(x) of what nobody else needs: in its place where there are no gradients."""
-    return F.silu(x, inplace=not torch.is_grad_enabled())
+def swish(norm: nn.Module, x: Tensor) -> Tensor:
+    """y sigmoid(y) of y = norm(x), in y's place where nobody else needs it: no gradients, no hooks."""
+    return F.silu(norm(x), inplace=not torch.is_grad_enabled() and untouched(norm))
 
 
-def added(x: Tensor, out: Tensor) -> Tensor:
-    """x + out, in the place of `out`, which nobody else needs, where there are no gradients."""
-    return x + out if torch.is_grad_enabled() else out.add_(x)
+def add(x: Tensor, layer: nn.Module, y: Tensor) -> Tensor:
+    """x + layer(y), in the place of the layer's output where nobody else needs that."""
+    out = layer(y)
+    alone = not torch.is_grad_enabled() and untouched(layer) and out.dtype == torch.promote_types(x.dtype, out.dtype)
+    return out.add_(x) if alone else x + out
 
 
 class ResBlock(nn.Module):
@@ -87,11 +89,11 @@ class ResBlock(nn.Module):
         self.skip = nn.Conv2d(channels, outputs, 1, bias=bias) if inputs != outputs else None
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.conv_in(swish(self.norm_in(x)))
-        out = self.conv_out(swish(self.norm_out(out)))
+        out = swish(self.norm_out, self.conv_in(swish(self.norm_in, x)))
         if self.skip is None:
-            return added(x, out)
-        return added(out, self.skip(x if self.shortcut == "input" else out))
+            return add(x, self.conv_out, out)
+        out = self.conv_out(out)
+        return add(out, self.skip, x if self.shortcut == "input" else out)
 
 
 class PixelAttention(nn.Module):

@@ -219,6 +219,7 @@ class Prediction(NamedTuple):
 
 
 SIZES = (3, 2, 1, 3, 3, 1)
+CONV_CHANNELS = 64  # of the seed's PatchConv
 
 
 class Encoded(NamedTuple):
@@ -346,8 +347,8 @@ class PatchConv(nn.Module):
 
     def __init__(self, size: int, features: int):
         super().__init__()
-        self.conv = nn.Conv2d(3, 64, 3, padding=1)
-        self.dense = nn.Linear(64 * size**2, features)
+        self.conv = nn.Conv2d(3, CONV_CHANNELS, 3, padding=1)
+        self.dense = nn.Linear(CONV_CHANNELS * size**2, features)
 
     def forward(self, patches: Tensor) -> Tensor:
         channels_first = patches.flatten(0, 1).movedim(-1, 1).contiguous()  # and so is `hidden`, without a copy
@@ -368,10 +369,9 @@ class QueryBuilder(nn.Module):
         mlp = config.rgb_embedding == "mlp"
         self.rgb = PatchMLP(config.rgb_size, rgb, config.gelu) if mlp else PatchConv(config.rgb_size, rgb)
         self.projection = nn.Linear(fourier + 3 * time + rgb, width) if config.query_parts else None
-        pixels = config.rgb_size**2
-        self.floats_per_query = 5 * width + (
-            2 * (3 * pixels + rgb) if mlp else 2 * (3 + 64) * pixels
-        )  # what lives at once
+        # what lives at once: five embeddings, the RGB patch and its hidden layer, each before and after a step
+        hidden = rgb if mlp else CONV_CHANNELS * config.rgb_size**2
+        self.floats_per_query = 5 * width + 2 * (3 * config.rgb_size**2 + hidden)
 
     def forward(self, queries: Queries, frames: Tensor) -> Tensor:
         parts = [

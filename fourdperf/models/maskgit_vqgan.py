@@ -94,7 +94,7 @@ class PixelEncoder(nn.Module):
             tap(taps, f"pixel_encoder/{index:02d}", x)
         for block in self.mid:
             x = block(x)
-        return self.out(swish(self.norm(x))).permute(0, 2, 3, 1)
+        return self.out(swish(self.norm, x)).permute(0, 2, 3, 1)
 
 
 class PixelDecoder(nn.Module):
@@ -125,7 +125,7 @@ class PixelDecoder(nn.Module):
             if index < len(self.upsamples):
                 x = self.upsamples[index](x)
             tap(taps, f"pixel_decoder/{index:02d}", x)
-        return self.out(swish(self.norm(x))).permute(0, 2, 3, 1)
+        return self.out(swish(self.norm, x)).permute(0, 2, 3, 1)
 
 
 class MaskGITVQGAN(PretrainedModel):

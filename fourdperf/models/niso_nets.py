@@ -23,7 +23,7 @@ DAMPING_START = 1e-3
 class InstanceNorm(nn.Module):
     """(x - mean) / sqrt(variance + 1e-6) over the grid, of each sample and channel, scaled, shifted; `(B, H, W, C)`.
 
-    On channels first, whose sums torch computes as they should be and fast: twice as fast with both copies as in place.
+    By torch's group norm on channels first: accurate, and twice as fast even with the two copies.
     """
 
     def __init__(self, channels: int):

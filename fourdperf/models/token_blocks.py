@@ -80,6 +80,8 @@ class Block(nn.Module):
         layer_scale: bool = False,
     ):
         super().__init__()
+        if post_norm and layer_scale:
+            raise ValueError("layer_scale: expected False with post_norm, got True")
         self.post_norm = post_norm
         self.attention_norm = nn.LayerNorm(features, eps=eps)
         self.attention = Attention(features, num_heads, head_dim or features // num_heads, qkv_bias)

@@ -147,6 +147,9 @@ class TokenGenerator(PretrainedModel):
         taps: "embed", then "block/00", .. and "norm". Raises ValueError for shapes that do not fit.
         """
         check_indices(indices, self.config.num_tokens)
+        if places is not None and (places.shape != indices.shape or places.dtype != torch.bool):
+            got = f"{places.dtype} {tuple(places.shape)}"
+            raise ValueError(f"places: expected booleans {tuple(indices.shape)}, got {got}")
         condition = self._condition(indices, classes, drop)
         x = self.tokens[torch.cat([condition[:, None], indices], dim=1)] + self.positions
         if self.segments is not None:

@@ -216,7 +216,7 @@ class Decoder(nn.Module):
         for index, level in enumerate(self.levels):
             x = level(x)
             tap(taps, f"decoder/{index:02d}", x)
-        return self.out(swish(self.norm(x))).permute(0, 2, 3, 1)
+        return self.out(swish(self.norm, x)).permute(0, 2, 3, 1)
 
 
 class Level(nn.Module):

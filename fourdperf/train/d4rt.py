@@ -11,7 +11,7 @@ from fourdperf.data.queries import Clip
 from fourdperf.models.d4rt import D4RT, Prediction
 from fourdperf.train.d4rt_loss import Weights, d4rt_loss, mean_depth
 from fourdperf.train.data import collate, loader, stream_loader
-from fourdperf.train.module import ModelTraining
+from fourdperf.train.module import ModelTraining, val_batches
 from fourdperf.train.muon import MuonAdamW
 from fourdperf.train.schedule import adamw
 
@@ -128,6 +128,5 @@ class ClipData(LightningDataModule):
             return []
         if isinstance(self.val, IterableDataset):
             return stream_loader(self.val, self.batch_size, self.workers)
-        mine = range(self.trainer.global_rank, len(self.val), self.trainer.world_size)
-        part = torch.utils.data.Subset(self.val, mine)
-        return DataLoader(part, self.batch_size, collate_fn=collate, num_workers=self.workers)
+        batches = val_batches(len(self.val), self.batch_size, self.trainer.global_rank, self.trainer.world_size)
+        return DataLoader(self.val, batch_sampler=batches, collate_fn=collate, num_workers=self.workers)

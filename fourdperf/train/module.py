@@ -42,7 +42,7 @@ class ModelTraining(LightningModule):
         """Log means over a batch of a validation of `count` items, to be averaged over the items of all batches and
         processes."""
         values = {f"val/{name}": value for name, value in values.items()}
-        # a float, since Lightning averages counts over processes, too, and cuts the mean of whole numbers off
+        # a float: Lightning averages the count over processes too, and truncates the mean of integers
         self.log_dict(values, batch_size=float(count), on_epoch=True, sync_dist=True)
 
     def log_norm(self, norm: Tensor, name: str = "grad_norm") -> None:
@@ -95,8 +95,8 @@ class RunData(LightningDataModule):
 
 
 def val_batches(items: int, batch_size: int, rank: int, ranks: int) -> list[list[int]]:
-    """Every `ranks`-th item, in batches: as many for all processes, of which parameters in parts ask that all go
-    through the model equally often; a batch may have two items where batch_size is one."""
+    """Every `ranks`-th item, in batches. All processes get equally many batches, since sharded parameters (FSDP) need
+    every process in each pass; so a batch may have two items where batch_size is one."""
     if items < ranks:
         raise ValueError(f"val: wanted at least one item for each of {ranks} processes, got {items}")
     count = min(math.ceil(math.ceil(items / ranks) / batch_size), items // ranks)

@@ -2,7 +2,10 @@
 
 import json
 import os
+import subprocess
+import sys
 import tarfile
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -11,6 +14,7 @@ import torch
 
 from fourdperf.cli.main import main
 from fourdperf.data.image_sets import open_image_set
+from fourdperf.data.image_shards import open_splits, write_image_shards
 from fourdperf.data.images import crop
 from tests.data.test_image_sets import SPLITS, make, numbers_of, picture, png, write_files
 
@@ -93,6 +97,73 @@ def test_going_on_and_sharing_the_work(tmp_path, monkeypatch, capsys):
     assert os.stat(tmp_path / "out" / "train-000000.tar").st_mtime_ns == before
     files = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("whole", "out")]
     assert files[0] == files[1]
+
+
+def test_processes_that_begin_at_once(tmp_path):
+    """Each may find what another has only begun to write."""
+    source = make("folder", tmp_path)
+    command = [
+        sys.executable,
+        "-m",
+        "fourdperf",
+        "image_shards",
+        str(source),
+        "--out",
+        str(tmp_path / "out"),
+        "--per_shard",
+        "4",
+    ]
+    ranks = [
+        subprocess.Popen(
+            command, env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "3"}, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(3)
+    ]
+    assert [(process.communicate()[1], process.returncode)[1] for process in ranks] == [0, 0, 0]
+    assert len(list((tmp_path / "out").glob("*.tar"))) == 6
+
+
+def test_a_folder_that_another_process_has_begun(tmp_path, monkeypatch):
+    """The description appears after the folder was listed, beside its own temporary file and a first shard."""
+    out, sets = tmp_path / "out", open_splits(make("folder", tmp_path))
+    write_image_shards(tmp_path / "done", sets, per_shard=4)
+    out.mkdir()
+    (out / ".image_shards.77.tmp.json").write_text("{")
+    listed = list(out.iterdir())
+    for path in (tmp_path / "done").iterdir():
+        (out / path.name).write_bytes(path.read_bytes())
+    monkeypatch.setattr(Path, "iterdir", lambda self: iter(listed))
+    assert write_image_shards(out, sets, per_shard=4) == (0, 0)
+    (out / "image_shards.json").unlink()
+    write_image_shards(out, sets, per_shard=4)
+    assert (out / "image_shards.json").read_bytes() == (tmp_path / "done" / "image_shards.json").read_bytes()
+
+
+def test_suffixes_that_readers_do_not_know(tmp_path):
+    for number in range(20):
+        assert cv2.imwrite(str(tmp_path / f"{number}.ppm"), picture(number)[..., ::-1])
+    source = tmp_path / "all.txt"
+    source.write_text("".join(f"{number}.ppm\n" for number in range(20)))
+    assert run(source, "--out", tmp_path / "out") == 0
+    ours, theirs = (open_image_set(x, "train", (8, 8)) for x in (tmp_path / "out", source))
+    assert len(ours) == 16 and pixels(ours) == pixels(theirs)
+
+
+def test_a_split_with_bad_pictures_alone(tmp_path, capsys):
+    write_files(tmp_path / "data" / "train", range(3))
+    (tmp_path / "data" / "val").mkdir()
+    (tmp_path / "data" / "val" / "000.png").write_bytes(b"none")
+    assert run(tmp_path / "data", "--out", tmp_path / "out", "--skip_bad", "true") == 0
+    assert "1 bad ones left out" in capsys.readouterr().out and (tmp_path / "out" / "overview.png").exists()
+
+
+def test_another_hdf5_file_is_another_set(tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    first, second = (make("hdf5", tmp_path / name) for name in ("a", "b"))
+    assert run(first, "--out", tmp_path / "out") == 0
+    assert run(second, "--out", tmp_path / "out") == 2
+    assert "its shards were begun with pictures" in capsys.readouterr().err
 
 
 def test_bad_pictures(tmp_path, capsys):

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fourdperf.models.convolutions import Conv3x3, UpConv3x3, channels_last
+from fourdperf.models.convolutions import Conv3x3, ResBlock, UpConv3x3, channels_last
 from tests.models.goldens import close, gradients
 
 SIZES = [(4, 5, (6, 7)), (3, 8, (5, 1)), (8, 3, (1, 9)), (4, 40, (6, 7)), (2, 3, (2, 2))]
@@ -70,3 +70,31 @@ def test_channels_stay_together():
     x = channels_last(torch.randn(1, 32, 12, 12))
     for module in (Conv3x3(32, 32), UpConv3x3(32, 32), torch.nn.GroupNorm(32, 32)):
         assert module(x).is_contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("outputs, shortcut", [(32, "input"), (64, "input"), (64, "output")])
+def test_what_a_hook_keeps_stays_as_it_was(outputs, shortcut):
+    torch.manual_seed(0)
+    block, x = ResBlock(32, outputs, shortcut=shortcut), torch.randn(1, 32, 6, 7)
+    want, kept, copies = block(x), [], []
+
+    def keep(module, args, output):
+        kept.append(output)
+        copies.append(output.clone())
+
+    for module in block.children():
+        module.register_forward_hook(keep)
+    torch.testing.assert_close(block(x), want)
+    assert len(kept) >= 4 and all(torch.equal(a, b) for a, b in zip(kept, copies))
+
+
+@torch.no_grad()
+def test_autocast_sums_in_the_wider_dtype():
+    torch.manual_seed(0)
+    block, x = ResBlock(32, 32), torch.randn(1, 32, 6, 7)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = block(x)
+        with torch.enable_grad():
+            want = block(x)
+    assert got.dtype == want.dtype == torch.float32 and torch.equal(got, want)

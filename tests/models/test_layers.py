@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from fourdperf.models.layers import linear_gelu
 
@@ -83,12 +84,38 @@ def _subclass(layer):
     return other
 
 
-@pytest.mark.parametrize("change", [_hooked, _subclass])
+def _replaced(layer):
+    call = layer.forward
+    layer.forward = lambda x: 2 * call(x)
+    return layer
+
+
+@pytest.mark.parametrize("change", [_hooked, _subclass, _replaced])
 @torch.no_grad()
 def test_a_changed_layer_is_called(change):
     layer, x = case()
     want = F.gelu(2 * layer(x))
     assert torch.equal(linear_gelu(x, change(layer)), want)
+
+
+@torch.no_grad()
+def test_derivatives_and_modes_see_the_layer():
+    layer, x = case()
+    tangent = torch.randn_like(x)
+    got, want = (
+        torch.func.jvp(f, (x,), (tangent,))[1] for f in (lambda x: linear_gelu(x, layer), lambda x: F.gelu(layer(x)))
+    )
+    assert torch.equal(got, want)
+    with FlopCounterMode(display=False) as counter:
+        linear_gelu(x, layer)
+    assert counter.get_total_flops() == 2 * 140 * 48 * 96
+    assert torch.equal(torch.vmap(lambda x: linear_gelu(x, layer))(x), F.gelu(layer(x)))
+
+
+def test_errors_are_the_layers():
+    layer, x = case()
+    with torch.no_grad(), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        linear_gelu(x[..., 1:], layer)
 
 
 @torch.no_grad()

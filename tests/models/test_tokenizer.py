@@ -340,6 +340,8 @@ def test_condition(name):
         ({"indices": ids[:, :4]}, r"indices: expected a tensor \(B, 6\)"),
         ({"classes": classes[:2]}, r"classes: expected integers \(3,\)"),
         ({"drop": classes}, r"drop: expected booleans \(3,\)"),
+        ({"places": places.long()}, r"places: expected booleans \(3, .*got torch.int64"),
+        ({"places": places[:1]}, r"places: expected booleans \(3, .*got torch.bool \(1, "),
     ):
         with pytest.raises(ValueError, match=message):
             model(**{"indices": ids, "classes": classes, **overrides})
