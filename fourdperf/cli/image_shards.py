@@ -1,6 +1,5 @@
 """``fourdperf image_shards``: images as WebDataset shards, for training on data that lie on network or object storage."""
 
-import os
 import tarfile
 from pathlib import Path
 
@@ -8,6 +7,7 @@ from fourdperf.data.image_sets import open_image_set
 from fourdperf.data.image_shards import open_splits, write_image_shards
 from fourdperf.data.pictures import label, side_by_side, stack, to_pixels
 from fourdperf.data.video import write_png
+from fourdperf.train.processes import started
 
 __all__ = ["image_shards"]
 
@@ -39,7 +39,7 @@ def image_shards(
         seed: Of the order, so that a shard has images of all kinds.
     """
     sets = open_splits(images)
-    rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    rank, ranks = started()
     options = {"per_shard": per_shard, "image_size": image_size, "skip_bad": skip_bad, "seed": seed}
     written, bad = write_image_shards(out, sets, **options, rank=rank, ranks=ranks, progress=rank == 0)
     counts = ", ".join(f"{len(found):,} {split}" for split, found in sets.items())

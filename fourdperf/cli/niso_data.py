@@ -11,6 +11,7 @@ import numpy as np
 
 from fourdperf.data.pictures import enlarge, label, side_by_side, stack
 from fourdperf.data.video import write_png
+from fourdperf.train.processes import started
 
 __all__ = ["co3d", "homnist", "niso_data", "sequences", "shapes", "shrec"]
 
@@ -211,7 +212,7 @@ def _write(
     from fourdperf.data.niso_shards import Items, Sequences, write_shards
 
     start = time.monotonic()
-    rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    rank, ranks = started()
     written = write_shards(
         out,
         kind,

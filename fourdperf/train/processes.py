@@ -9,9 +9,14 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-__all__ = ["gather", "place", "processes"]
+__all__ = ["gather", "place", "processes", "started"]
 
 T = TypeVar("T")
+
+
+def started() -> tuple[int, int]:
+    """This process's number and how many torchrun has started, for work that needs no talk between them; (0, 1) alone."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 @contextlib.contextmanager
@@ -20,12 +25,12 @@ def processes() -> Iterator[tuple[int, int]]:
 
     Each takes a GPU of its own, where there are any.
     """
-    rank, ranks, local = (int(os.environ.get(x, y)) for x, y in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, ranks = started()
     if ranks == 1:
         yield 0, 1
         return
     if torch.cuda.is_available():
-        torch.cuda.set_device(local % torch.cuda.device_count())
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))  # shares may take very different times
     try:
         yield rank, ranks
