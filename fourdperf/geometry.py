@@ -97,6 +97,7 @@ def pinhole_intrinsics(points: Tensor, uv: Tensor, weights: Tensor | None = None
     return _intrinsics(focal)
 
 
+@_full_precision
 def fit_distortion(
     points: Tensor, uv: Tensor, intrinsics: Tensor, weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

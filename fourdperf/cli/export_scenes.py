@@ -12,6 +12,7 @@ from fourdperf.data.export import export_scene, pack_shard
 from fourdperf.data.open_dataset import describe, find_scenes
 from fourdperf.data.pictures import DepthColours, label, side_by_side, stack
 from fourdperf.data.sources import Source
+from fourdperf.data.synthetic import Split, scene_seed
 from fourdperf.data.video import write_png
 
 __all__ = ["export_scenes"]
@@ -24,6 +25,7 @@ def export_scenes(
     out: Path,
     layout: Literal["folder", "pointodyssey", "movi", "shards"] = "folder",
     count: int = 4,
+    split: Split = "train",
     seed: int = 0,
     frames: int = 24,
     height: int = 128,
@@ -38,7 +40,8 @@ def export_scenes(
         out: The folder; a scene is a folder in it, or shards are files in it.
         layout: The generic folder, PointOdyssey's, Kubric's (MOVi), or tar shards of generic folders.
         count: How many scenes.
-        seed: The first scene's; the others follow.
+        split: Which scenes: train, val and test have none in common; fourdperf evaluate d4rt asks about test.
+        seed: The number in its split of the first scene; the others follow.
         frames: Frames of a scene.
         height: Pixels.
         width: Pixels.
@@ -53,13 +56,13 @@ def export_scenes(
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise FileExistsError(f"{out}: wanted a new or empty folder, something is there already")
     sharded, picture = layout == "shards", None
-    names = [f"scene_{seed + i:06d}" for i in range(count)]
+    names = [f"{split}_{seed + i:06d}" for i in range(count)]
     with tempfile.TemporaryDirectory(prefix="fourdperf-") as temporary, tqdm(total=count, desc="scenes") as bar:
         folder = Path(temporary) if sharded else out
         for start in range(0, count, per_shard):
             group = range(start, min(start + per_shard, count))
             for i in group:
-                scene = Scene(seed + i, num_frames=frames, size=(height, width))
+                scene = Scene(scene_seed(split, seed + i), num_frames=frames, size=(height, width))
                 export_scene(scene, folder / names[i], "folder" if sharded else layout, tracks, scale)
                 bar.update()
             if picture is None:

@@ -43,6 +43,7 @@ def reconstruct(
     grid: int = 16,
     frames: str = "::",
     overlap: int | None = None,
+    dense: int = 1,
     patch_resolution: Literal["model", "video"] = "model",
     max_side: int = MAX_SIDE,
     shared_intrinsics: bool = False,
@@ -69,6 +70,8 @@ def reconstruct(
         frames: START:STOP:STEP, which frames to take, as Python counts; every second one of the first 100 is :100:2.
         overlap: Frames that neighbouring chunks share where a video is longer than the model's clip; by default half
             the clip.
+        dense: How many times the rows and columns of the model's frames depth maps and point cloud have (and tracks all
+            follows); 4 asks 16 times as many queries.
         patch_resolution: Cut the queries' colour patches from the frames as the model sees them, or from the video's.
         max_side: Frames whose longer side has more pixels are shrunk to this, in the results as well.
         shared_intrinsics: One camera for the whole video, without zoom.
@@ -81,8 +84,9 @@ def reconstruct(
     """
     where = pick_device(device)
     chosen = _slice(frames)
-    if max_side < 1 or grid < 0:
-        raise ValueError(f"wanted --max_side of at least 1 and --grid of at least 0, got {max_side} and {grid}")
+    if min(max_side, dense) < 1 or grid < 0:
+        wanted = "wanted --max_side and --dense of at least 1 and --grid of at least 0"
+        raise ValueError(f"{wanted}, got {max_side}, {dense} and {grid}")
     # The video comes first: it is the cheap one to find missing.
     reader = VideoReader(video, size=None, allow_partial=allow_partial)
     track = {"grid": grid, "all": "all"}.get(tracks)
@@ -90,7 +94,7 @@ def reconstruct(
     model = _load(weights, where)
     pictures = read_video(reader, chosen, max_side)
     out = out or Path(f"{video.stem}_reconstruction")
-    size = f"{pictures.shape[1]}x{pictures.shape[2]}"
+    size, dense_size = f"{pictures.shape[1]}x{pictures.shape[2]}", tuple(dense * n for n in model.config.image_size)
     print(f"{video}: {len(pictures)} frames, taken as {size}; the model's clip is {model.config.num_frames} frames")
     print(f"weights: {weights or 'those of the package'}")
     with torch.autocast(where.type, torch.bfloat16, enabled=dtype == "bfloat16"):
@@ -98,6 +102,8 @@ def reconstruct(
             model,
             pictures,
             track=track,
+            depth_size=dense_size,
+            cloud_size=dense_size,
             high_resolution=patch_resolution == "video",
             overlap=overlap,
             shared_intrinsics=shared_intrinsics,

@@ -9,7 +9,7 @@ from fourdperf.cli.train_image_mae import image_mae
 from fourdperf.cli.train_niso import niso
 from fourdperf.cli.train_token_generator import token_generator
 from fourdperf.cli.train_tokenizer import tokenizer
-from fourdperf.cli.training import check_at_least_one, check_run, fit_run, make_trainer, quiet
+from fourdperf.cli.training import check_at_least_one, check_positive, check_run, fit_run, make_trainer, quiet
 from fourdperf.data.files import output_folder
 
 if TYPE_CHECKING:
@@ -40,9 +40,10 @@ def d4rt(
     max_steps: int | None = None,
     minutes: float | None = None,
     devices: int = 1,
+    num_nodes: int = 1,
     accelerator: Literal["auto", "cpu", "gpu"] = "auto",
     strategy: Literal["auto", "ddp", "fsdp"] = "auto",
-    precision: Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed"] = "32-true",
+    precision: Literal["32-true", "bf16-mixed"] = "32-true",
     accumulate_grad_batches: int = 1,
     ckpt: Path | None = None,
     out: Path = Path("d4rt_run"),
@@ -75,8 +76,8 @@ def d4rt(
         batch_size: Clips per process and batch.
         variant: The size of the model, tiny, S, B, L, H or g.
         model: Fields of the model's config that differ from the variant's.
-        init: A folder with a model to start from, in place of random weights and --variant; or a 4DS folder or VideoMAE
-            weights (a folder of transformers, .safetensors, .pth) for the encoder of --variant.
+        init: A folder with a model to start from, or of a run, in place of random weights and --variant; or a 4DS
+            folder or VideoMAE weights (a folder of transformers, .safetensors, .pth) for the encoder of --variant.
         lr: The peak learning rate.
         final_lr: The learning rate at the last step.
         warmup_steps: Steps to the peak; by default 2500, but at most a tenth of all.
@@ -86,7 +87,8 @@ def d4rt(
         max_epochs: Passes over the training clips; a pass over clips without end has 1000 batches.
         max_steps: Optimiser steps, in place of --max_epochs.
         minutes: Stop after this time with a checkpoint; the learning rate still follows the steps.
-        devices: Processes, one per device.
+        devices: Processes per node, one per device.
+        num_nodes: Nodes, under torchrun or SLURM.
         accelerator: Where to train.
         strategy: How several devices share the work; fsdp also shares out the weights.
         precision: Number type of the computation.
@@ -119,8 +121,12 @@ def d4rt(
 
     seed_everything(seed, verbose=False)
     report = None
+    if init is not None and (init / "model").is_dir():  # a run
+        init = init / "model"
     if init is not None and _is_d4rt(init):
         network = D4RT.from_pretrained(init)
+        if Config.from_dict({**network.config.to_dict(), **(model or {})}) != network.config:
+            raise ValueError(f"--model: wanted the fields of the D4RT in {init}, or none, got {model}")
     else:
         sizes = {"num_frames": num_frames, "image_size": img_size}
         network = D4RT(Config.from_variant(variant, **{**sizes, **(model or {})}))
@@ -128,7 +134,7 @@ def d4rt(
             report = init_encoder(network, init)
     clips, val = _clips(train_data_path, "train", options), _clips(val_data_path, "val", options)
     if max_steps is None:
-        batches = _batches(clips, batch_size * devices)
+        batches = _batches(clips, batch_size * devices * num_nodes)
         max_steps = max(1, max_epochs * batches // accumulate_grad_batches)
     warmup = warmup_within(max_steps) if warmup_steps is None else warmup_steps
     rates = {"lr": lr, "final_lr": final_lr, "warmup_steps": warmup, "weight_decay": weight_decay}
@@ -154,9 +160,10 @@ train = {
 
 
 def _check(options: dict[str, Any]) -> None:
-    sizes = ("num_queries", "num_frames", "img_size", "batch_size", "max_epochs", "devices", "stride")
+    sizes = ("num_queries", "num_frames", "img_size", "batch_size", "max_epochs", "devices", "num_nodes")
     check_at_least_one(options, *sizes, "accumulate_grad_batches", "log_every", "val_every", "val_clips", "save_every")
-    check_at_least_one(options, "max_steps")
+    check_at_least_one(options, "max_steps", "stride")
+    check_positive(options, "lr")
     if not 0 < options["crop"] <= 1:
         raise ValueError(f"--crop: wanted a share in (0, 1], got {options['crop']}")
     check_run("train", options)

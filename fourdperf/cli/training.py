@@ -116,8 +116,18 @@ def fit_run(
     trainer: "Trainer", module: "LightningModule", data: "LightningDataModule", options: dict[str, Any], *told: str
 ) -> None:
     """Says what is about to be done, in lines, and does it, from --ckpt if there is one. A run that begins writes its
-    options to options.json."""
+    options to options.json.
+
+    Raises:
+        FileExistsError: a run that begins would write over another's checkpoint.
+        OSError, ValueError: the run failed.
+    """
     if trainer.is_global_zero:
+        last = options["out"] / "last.ckpt"
+        if options["ckpt"] is None and last.exists():
+            raise FileExistsError(
+                f"--out: {options['out']} holds a run; go on with --ckpt {last}, or give another folder"
+            )
         print(*told, sep="\n")
         if options["ckpt"] is None:
             plain = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}

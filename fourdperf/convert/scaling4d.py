@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from fourdperf.convert.npz import open_npz, write_npz
-from fourdperf.convert.table import Row
+from fourdperf.convert.table import Row, shape_of
 from fourdperf.models.checkpoint import (
     WEIGHTS,
     CheckpointError,
@@ -144,22 +144,22 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]], overrides: Mapping | Non
     overrides = dict(overrides or {})
     readout = any(name.startswith("layers_2/") for name in shapes)
     root = "layers_0/" if readout else ""
-    *patch, channels, width = _shape(shapes, f"{root}encoder/patch_embedding/Conv_0/kernel", 5)
-    grid = _shape(shapes, f"{root}encoder/posenc/embeddings", 1, 2, 3, 4)[:-1]
+    *patch, channels, width = shape_of(shapes, f"{root}encoder/patch_embedding/Conv_0/kernel", 5)
+    grid = shape_of(shapes, f"{root}encoder/posenc/embeddings", 1, 2, 3, 4)[:-1]
     grid = (1,) * (3 - len(grid)) + grid
     block = f"{root}processor/layers_0"
-    _, heads, qk = _shape(shapes, f"{block}/attention/query/kernel", 3)
+    _, heads, qk = shape_of(shapes, f"{block}/attention/query/kernel", 3)
     indices = {int(m[1]) for m in (re.match(rf"{root}processor/layers_(\d+)/", name) for name in shapes) if m}
     fields = {
         "hidden_size": width,
         "num_layers": max(indices) + 1,
         "num_heads": heads,
-        "mlp_size": _shape(shapes, f"{block}/mlp/dense_in/kernel", 2)[1],
+        "mlp_size": shape_of(shapes, f"{block}/mlp/dense_in/kernel", 2)[1],
         "patch_size": tuple(patch),
         "video_size": tuple(size * p for size, p in zip(grid, patch)),
         "channels": channels,
         "qk_features": heads * qk,
-        "v_features": heads * _shape(shapes, f"{block}/attention/value/kernel", 3)[2],
+        "v_features": heads * shape_of(shapes, f"{block}/attention/value/kernel", 3)[2],
     }
     given = overrides.pop("readout", None)
     fields |= overrides
@@ -172,17 +172,17 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]], overrides: Mapping | Non
 
 def _infer_readout(shapes: Mapping[str, tuple[int, ...]], encoder: Mapping, given: Mapping) -> dict:
     root = "layers_2/"
-    features, heads, size = _shape(shapes, f"{root}key_embedding/kernel", 3)
+    features, heads, size = shape_of(shapes, f"{root}key_embedding/kernel", 3)
     width = heads * size
     vjepa, learned = f"{root}key_embedding/bias" in shapes, f"{root}query" in shapes
     posenc = f"{root}temporal_posenc/embeddings" in shapes
     frames = encoder["video_size"][0]
     if posenc:
-        shape = _shape(shapes, f"{root}temporal_posenc/embeddings", 1, 3)
+        shape = shape_of(shapes, f"{root}temporal_posenc/embeddings", 1, 3)
         frames = shape[0] if len(shape) == 3 else 1
     head = f"{root}Dense_{vjepa + (not learned)}/kernel"
     fields = {
-        "num_classes": _shape(shapes, head, 2)[1],
+        "num_classes": shape_of(shapes, head, 2)[1],
         "num_params": width,
         "num_heads": heads,
         "num_frames": frames,
@@ -190,8 +190,8 @@ def _infer_readout(shapes: Mapping[str, tuple[int, ...]], encoder: Mapping, give
         "add_temporal_posenc": posenc,
     }
     if not learned:
-        return fields | {"query_features": _shape(shapes, f"{root}Dense_0/kernel", 2)[0]}
-    fields["num_queries"] = _shape(shapes, f"{root}query", 3)[0]
+        return fields | {"query_features": shape_of(shapes, f"{root}Dense_0/kernel", 2)[0]}
+    fields["num_queries"] = shape_of(shapes, f"{root}query", 3)[0]
     if "output_shape" not in given:
         fields |= _infer_patches(fields, (frames, *encoder["video_size"][1:]), encoder["patch_size"][0])
     return fields
@@ -205,14 +205,6 @@ def _infer_patches(readout: Mapping, video: tuple[int, int, int], frames: int) -
     if not fits or readout["num_queries"] * readout["num_classes"] != math.prod(video):
         return {}
     return {"output_shape": (*video, 1), "decoding_patch_size": patch}
-
-
-def _shape(shapes: Mapping[str, tuple[int, ...]], name: str, *lengths: int) -> tuple[int, ...]:
-    if name not in shapes:
-        raise CheckpointError(f"missing {name}")
-    if len(shapes[name]) not in lengths:
-        raise CheckpointError(f"{name}: expected {' or '.join(map(str, lengths))} axes, got shape {shapes[name]}")
-    return shapes[name]
 
 
 def read_npz(npz_path: str | os.PathLike, overrides: Mapping | None, receive) -> Config:

@@ -112,19 +112,18 @@ def rotation_from_quaternion(wxyz: np.ndarray, name: str) -> np.ndarray:
 
 
 def quaternion_from_rotation(rotation: np.ndarray) -> np.ndarray:
-    """Unit quaternions (..., 4), real part first and not negative, of rotations (..., 3, 3)."""
-    m = np.asarray(rotation, np.float64)
-    xx, yy, zz = (m[..., i, i] for i in range(3))
-    # 4 q q^T, every element of which is a sum of the matrix's: the row with the largest diagonal is the best known
-    outer = np.empty((*m.shape[:-2], 4, 4))
-    outer[..., 0, 0], outer[..., 1, 1] = 1 + xx + yy + zz, 1 + xx - yy - zz
-    outer[..., 2, 2], outer[..., 3, 3] = 1 - xx + yy - zz, 1 - xx - yy + zz
-    for i, j, k in ((0, 1, 2), (1, 2, 0), (2, 0, 1)):
-        outer[..., 0, i + 1] = outer[..., i + 1, 0] = m[..., k, j] - m[..., j, k]
-        outer[..., i + 1, j + 1] = outer[..., j + 1, i + 1] = m[..., i, j] + m[..., j, i]
-    best = np.diagonal(outer, axis1=-2, axis2=-1).argmax(-1)
-    q = np.take_along_axis(outer, best[..., None, None], -2)[..., 0, :]
-    q /= np.linalg.norm(q, axis=-1, keepdims=True)
+    """Unit quaternions (..., 4), real part first and not negative, of rotations (..., 3, 3); the nearest one where a
+    matrix is not quite a rotation.
+
+    Source: Bar-Itzhack, J. Guidance 23(6), 2000: the leading eigenvector of a symmetric 4x4.
+    """
+    r = np.asarray(rotation, np.float64)
+    k = np.empty((*r.shape[:-2], 4, 4))
+    k[..., 0, 0] = np.trace(r, axis1=-2, axis2=-1)
+    odd = r - r.swapaxes(-1, -2)
+    k[..., 0, 1:] = k[..., 1:, 0] = odd[..., [2, 0, 1], [1, 2, 0]]
+    k[..., 1:, 1:] = r + r.swapaxes(-1, -2) - k[..., :1, :1] * np.eye(3)
+    q = np.linalg.eigh(k)[1][..., -1]
     return np.where(q[..., :1] < 0, -q, q)
 
 

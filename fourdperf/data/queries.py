@@ -15,10 +15,12 @@ time of frame `t_tgt`, in the coordinates of the camera of frame `t_cam`.
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
-__all__ = ["Clip", "Queries", "Targets", "stack_clips"]
+__all__ = ["Clip", "Queries", "Targets", "as_tensor", "stack_clips"]
 
 
 class Queries(NamedTuple):
@@ -65,6 +67,13 @@ class Clip(NamedTuple):
     patch_video: Tensor
     queries: Queries
     targets: Targets
+
+
+def as_tensor(values: ArrayLike) -> Tensor:
+    """torch.as_tensor, which takes neither arrays turned round (BGR to RGB by [..., ::-1]) nor read-only ones."""
+    if isinstance(values, np.ndarray):
+        values = np.require(values, requirements=["C", "W"])
+    return torch.as_tensor(values)
 
 
 def stack_clips(clips: Sequence[Clip]) -> Clip:

@@ -40,7 +40,7 @@ def boundaries(depth: Tensor, flow: Tensor | None = None) -> Tensor:
     finite = depth.isfinite()
     far = depth.where(finite, -torch.inf).amax((-2, -1), keepdim=True)
     found = _steep(depth.where(finite, far.where(far.isfinite(), 0)))
-    if flow is not None:
+    if flow is not None and len(flow):  # of one frame there is no flow
         moving = _steep(flow.double().norm(dim=-1))
         found[: len(moving)] |= moving
     return found

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fourdperf.data.cameras import normalise_intrinsics
-from fourdperf.data.queries import Clip, Queries, Targets
+from fourdperf.data.queries import Clip, Queries, Targets, as_tensor
 from fourdperf.data.recorded_queries import known_only
 from fourdperf.geometry import project, unproject
 
@@ -111,7 +111,7 @@ def _array(item: Mapping[str, Any], key: str, name: str) -> Tensor:
     if item.get(key) is None:
         raise ValueError(f"{name}: wanted a key {key!r}, got only {sorted(map(str, item))}")
     try:
-        return torch.as_tensor(np.asarray(item[key]) if isinstance(item[key], list) else item[key]).detach().cpu()
+        return as_tensor(np.asarray(item[key]) if isinstance(item[key], list) else item[key]).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name}: {key}: wanted a tensor or an array, got {type(item[key]).__name__}") from error
 

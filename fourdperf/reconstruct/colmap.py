@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
+from fourdperf.data.cameras import quaternion_from_rotation
 from fourdperf.data.files import write_text
 from fourdperf.data.video import write_png
 from fourdperf.reconstruct.result import Reconstruction
 
-__all__ = ["quaternions", "write_colmap"]
+__all__ = ["write_colmap"]
 
 
 def write_colmap(folder: str | os.PathLike, reconstruction: Reconstruction, max_points: int = 200_000) -> int:
@@ -41,19 +42,6 @@ def write_colmap(folder: str | os.PathLike, reconstruction: Reconstruction, max_
     write_text(model / "images.txt", _images(reconstruction, poses, camera_of, points))
     write_text(model / "points3D.txt", _points3d(reconstruction, points))
     return skipped
-
-
-def quaternions(rotations: np.ndarray) -> np.ndarray:
-    """Unit quaternions (T, 4), w x y z with w >= 0, of rotations (T, 3, 3); the nearest one where a matrix is not quite
-    a rotation (Bar-Itzhack, J. Guidance 23(6), 2000: the leading eigenvector of a symmetric 4x4)."""
-    r = np.asarray(rotations, np.float64)
-    k = np.empty((len(r), 4, 4))
-    k[:, 0, 0] = np.trace(r, axis1=1, axis2=2)
-    odd = r - r.swapaxes(1, 2)
-    k[:, 0, 1:] = k[:, 1:, 0] = odd[:, [2, 0, 1], [1, 2, 0]]
-    k[:, 1:, 1:] = r + r.swapaxes(1, 2) - k[:, :1, :1] * np.eye(3)
-    q = np.linalg.eigh(k)[1][..., -1]
-    return np.where(q[:, :1] < 0, -q, q)
 
 
 def _cameras(reconstruction: Reconstruction) -> tuple[str, np.ndarray]:
@@ -93,7 +81,7 @@ def _points(reconstruction: Reconstruction, limit: int) -> tuple[np.ndarray, int
 
 def _images(reconstruction: Reconstruction, poses: np.ndarray, camera_of: np.ndarray, points: np.ndarray) -> str:
     height, width = reconstruction.video.shape[1:3]
-    rotations = quaternions(poses[:, :3, :3])
+    rotations = quaternion_from_rotation(poses[:, :3, :3])
     frame = reconstruction.point_frame[points]
     lines = ["# IMAGE_ID, QW, QX, QY, QZ, TX, TY, TZ, CAMERA_ID, NAME", "# POINTS2D[] as (X, Y, POINT3D_ID)"]
     for t, pose in enumerate(poses):

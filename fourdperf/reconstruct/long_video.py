@@ -25,6 +25,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
+from fourdperf.data.queries import as_tensor
 from fourdperf.geometry import Sim3, umeyama
 from fourdperf.reconstruct.dense import cells, dense_tracks
 from fourdperf.reconstruct.recipes import (
@@ -32,7 +33,6 @@ from fourdperf.reconstruct.recipes import (
     EncodedVideo,
     Intrinsics,
     Tracks,
-    as_tensor,
     check_frames,
     check_source,
     depth,

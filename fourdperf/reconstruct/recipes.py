@@ -24,7 +24,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fourdperf.data.queries import Queries
+from fourdperf.data.queries import Queries, as_tensor
 from fourdperf.data.video import resize_frame
 from fourdperf.geometry import fit_distortion, pinhole_intrinsics, rigid, umeyama
 
@@ -44,13 +44,6 @@ __all__ = [
 ]
 
 BLOCK = 1 << 16  # queries in flight; with their answers about 7 MB
-
-
-def as_tensor(frames: ArrayLike) -> Tensor:
-    """torch.as_tensor, which takes neither arrays turned round (BGR to RGB by [..., ::-1]) nor read-only ones."""
-    if isinstance(frames, np.ndarray):
-        frames = np.require(frames, requirements=["C", "W"])
-    return torch.as_tensor(frames)
 
 
 def check_frames(frames: ArrayLike) -> Tensor:

@@ -172,6 +172,9 @@ def _append(path: Path, step: int, row: dict[str, float]) -> None:
 def _drop_after(path: Path, step: int) -> None:
     if not path.exists():
         return
-    head, *lines = path.read_text().splitlines(keepends=True)
+    head, *lines = path.read_text().splitlines(keepends=True) or [""]
+    if not head.endswith("\n"):  # cut off before a first line was whole
+        path.unlink()
+        return
     kept = [line for line in lines if line.endswith("\n") and int(line.split(",")[0]) <= step]
     write_text(path, "".join([head, *kept]))

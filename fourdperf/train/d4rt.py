@@ -67,7 +67,7 @@ class D4RTTraining(ModelTraining):
         return self.model(batch.video, batch.queries, batch.aspect_ratio, batch.patch_video)
 
     def on_train_batch_start(self, batch: Clip, batch_idx: int) -> None:
-        torch.manual_seed((self.seed * 1_000_003 + batch_idx) * 65_537 + self.global_rank)
+        self.seed_batch(batch_idx)
 
     def training_step(self, batch: Clip, batch_idx: int) -> Tensor:
         terms = d4rt_loss(self(batch), batch.targets, self.weights)
@@ -127,6 +127,9 @@ class ClipData(LightningDataModule):
         if self.val is None:
             return []
         if isinstance(self.val, IterableDataset):
+            if self.trainer.lightning_module.sharded:  # every process is needed in each pass through the model
+                wanted = "wanted a folder with --strategy fsdp"
+                raise ValueError(f"--val_data_path: {wanted}; shards give processes different numbers of clips")
             return stream_loader(self.val, self.batch_size, self.workers)
         batches = val_batches(len(self.val), self.batch_size, self.trainer.global_rank, self.trainer.world_size)
         return DataLoader(self.val, batch_sampler=batches, collate_fn=collate, num_workers=self.workers)

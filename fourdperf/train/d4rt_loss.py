@@ -68,7 +68,8 @@ def d4rt_loss(
     """The terms of the loss, unweighted, by name, and under "loss" their weighted sum; fp32 scalars.
 
     prediction: raw outputs for `(B, N)` queries, any float dtype; targets: `(B, N)`, values where `has_*` is False are
-    not read (they may be NaN). normalize, log: the seed's switches of the 3-D term.
+    not read (they may be NaN), but for xyz in the seeds' formulas, whose mean depth is of all points. normalize, log:
+    the seed's switches of the 3-D term.
 
     Raises:
         ValueError: the shapes differ.

@@ -7,6 +7,7 @@ any step, and does not depend on the number of workers.
 
 import importlib
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -48,6 +49,8 @@ def open_clips(
 
 def _own_clips(path: str, intrinsics: IntrinsicsUnits) -> Dataset[Clip]:
     module, _, name = path.partition(":")
+    if os.getcwd() not in sys.path:  # a console script does not look where it is called
+        sys.path.insert(0, os.getcwd())
     try:
         factory = getattr(importlib.import_module(module), name, None)
     except ModuleNotFoundError as error:

@@ -52,7 +52,7 @@ class ImageMAETraining(ModelTraining):
         return self.model(images, noise)
 
     def on_train_batch_start(self, batch: Sequence[Tensor], batch_idx: int) -> None:
-        torch.manual_seed((self.seed * 1_000_003 + batch_idx) * 65_537 + self.global_rank)
+        self.seed_batch(batch_idx)
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         loss = self.guess(batch[0]).loss

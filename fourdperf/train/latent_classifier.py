@@ -87,7 +87,7 @@ class ClassifierTraining(ModelTraining):
 
     def on_train_batch_start(self, batch: Sequence[Tensor], batch_idx: int) -> None:
         self.length = len(batch[0])
-        torch.manual_seed((self.seed * 1_000_003 + batch_idx) * 65_537 + self.global_rank)
+        self.seed_batch(batch_idx)
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         latents, labels = batch

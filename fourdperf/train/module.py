@@ -32,6 +32,11 @@ class ModelTraining(LightningModule):
             different = [f"{name} {theirs.get(name)}" for name in ours if theirs.get(name) != ours[name]]
             raise ValueError(f"--ckpt: its model has {', '.join(different)}; give the options its run was started with")
 
+    def seed_batch(self, number: int) -> None:
+        """Torch's generators for batch `number` of this process, from the run's seed, so that a resumed run repeats an
+        uninterrupted one."""
+        torch.manual_seed(((self.seed * 1_000_003 + number) * 65_537 + self.global_rank) % 2**64)
+
     def scheduled(self, optimizer: torch.optim.Optimizer) -> dict:
         """What `configure_optimizers` gives: every group's rate follows the schedule from its own peak."""
         share = lambda step: learning_rate(step, self.max_steps, self.warmup_steps, self.lr, self.final_lr) / self.lr

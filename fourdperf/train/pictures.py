@@ -2,42 +2,33 @@
 
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule
 from torch import Tensor
 
-from fourdperf.data.files import write_bytes
 from fourdperf.data.pictures import DepthColours, enlarge, label, side_by_side, stack
 from fourdperf.data.queries import Clip, Queries
 from fourdperf.data.synthetic import SyntheticClips
 from fourdperf.metrics.depth import align_depth
 from fourdperf.reconstruct.recipes import pixel_centres
+from fourdperf.train.callbacks import RunPictures
 
 __all__ = ["Pictures", "depth_queries"]
 
 CLIPS, FRAMES, PANEL = 2, 4, 128
 
 
-class Pictures(Callback):
+class Pictures(RunPictures):
     """At every validation, of the first clips: frames, predicted depth, and of synthetic scenes the truth, with its
-    scale. Written to `out`/pictures and to TensorBoard."""
+    scale."""
 
     def __init__(self, out: Path, clips) -> None:
-        self.out, self.clips = out, clips
+        super().__init__(out)
+        self.clips = clips
 
-    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
-        if trainer.sanity_checking:
-            return
-        image = stack([self._rows(module, number) for number in range(min(CLIPS, len(self.clips)))], gap=12)
-        if not trainer.is_global_zero:
-            return
-        encoded = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1]
-        write_bytes(self.out / "pictures" / f"step_{trainer.global_step:06d}.png", encoded.tobytes())
-        for logger in trainer.loggers:
-            if hasattr(logger.experiment, "add_image"):
-                logger.experiment.add_image("val/depth", image, trainer.global_step, dataformats="HWC")
+    def pictures(self, module: LightningModule) -> dict[str, np.ndarray]:
+        return {"depth": stack([self._rows(module, number) for number in range(min(CLIPS, len(self.clips)))], gap=12)}
 
     def _rows(self, module: LightningModule, number: int) -> np.ndarray:
         clip = self.clips[number]

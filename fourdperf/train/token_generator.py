@@ -107,7 +107,7 @@ class TokenGeneratorTraining(ModelTraining):
         return masked_loss(logits, codes, masks, smoothing=self.smoothing, unmasked=self.unmasked)
 
     def on_train_batch_start(self, batch: Sequence[Tensor], batch_idx: int) -> None:
-        torch.manual_seed((self.seed * 1_000_003 + batch_idx) * 65_537 + self.global_rank)
+        self.seed_batch(batch_idx)
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         terms = self.terms(self.network, batch)

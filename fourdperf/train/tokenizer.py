@@ -141,7 +141,7 @@ class TokenizerTraining(ModelTraining):
         return terms, encoded, recon
 
     def on_train_batch_start(self, batch: Sequence[Tensor], batch_idx: int) -> None:
-        torch.manual_seed((self.seed * 1_000_003 + self.global_step) * 65_537 + self.global_rank)
+        self.seed_batch(self.global_step)
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
         images = batch[0]

@@ -82,8 +82,9 @@ def test_all_pixels_and_no_tracks(files, tmp_path, capsys):
     assert run(files, files / "clip.mp4", "--out", tmp_path / "a", "--tracks", "all", "--frames", ":2") == 0
     assert "saved by the occupancy grid" in capsys.readouterr().out
     assert len(Reconstruction.load(tmp_path / "a/reconstruction.npz").tracks) > 32
-    assert run(files, files / "clip.mp4", "--out", tmp_path / "b", "--grid", 0, "--frames", ":1") == 0
-    assert Reconstruction.load(tmp_path / "b/reconstruction.npz").tracks.shape == (0, 1, 3)
+    assert run(files, files / "clip.mp4", "--out", tmp_path / "b", "--grid", 0, "--frames", ":1", "--dense", 2) == 0
+    found = Reconstruction.load(tmp_path / "b/reconstruction.npz")
+    assert found.tracks.shape == (0, 1, 3) and found.depth.shape == (1, 64, 64) and len(found.points) == 64 * 64
     assert names(tmp_path / "b") == FILES
 
 
@@ -100,7 +101,7 @@ def test_bfloat16(files, tmp_path):
         (["--frames=-3:"], "--frames: wanted START:STOP"),
         (["--frames", "::0"], "--frames: wanted START:STOP"),
         (["--frames", "50:"], "--frames: wanted at least one frame"),
-        (["--grid", "-1"], "--grid of at least 0, got 640 and -1"),
+        (["--grid", "-1"], "--grid of at least 0, got 640, 1 and -1"),
         (["--max_side", "0"], "--max_side of at least 1"),
         (["--keep", "0"], "keep: wanted a share"),
         (["--overlap", "4"], "overlap: wanted 1 to 3 frames"),

@@ -102,6 +102,7 @@ def test_command(tmp_path, capsys):
     options = ["--count", "3", "--frames", "3", "--height", "24", "--width", "32", "--tracks", "20"]
     assert main(["export_scenes", str(tmp_path / "a"), "--layout", "pointodyssey", *options]) == 0
     assert "pointodyssey: 3 scenes, 9 frames; depth, normals, 3-D tracks" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "a").iterdir() if path.is_dir())[0] == "train_000000"
     assert (tmp_path / "a/overview.png").stat().st_size > 1000 and len(find_scenes(tmp_path / "a")) == 3
     assert main(["export_scenes", str(tmp_path / "b"), "--layout", "shards", "--per_shard", "2", *options]) == 0
     assert [path.rsplit("/", 1)[1] for path in find_shards(tmp_path / "b")] == ["000000.tar", "000001.tar"]

@@ -154,6 +154,12 @@ def test_bad_items(changes, message):
         SeedDataset([item(**changes)], intrinsics="pixels")[0]
 
 
+def test_frames_turned_round():
+    frames = np.random.default_rng(0).random((T, H, W, 3), np.float32)
+    clip = SeedDataset([item(video=frames[..., ::-1].transpose(0, 3, 1, 2))], intrinsics="pixels")[0]
+    assert np.array_equal(clip.video, frames[..., ::-1])
+
+
 def test_bad_data_sets():
     with pytest.raises(ValueError, match="dataset: wanted an object with __getitem__, got int"):
         SeedDataset(3, intrinsics="pixels")

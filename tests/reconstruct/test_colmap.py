@@ -6,7 +6,8 @@ import cv2
 import numpy as np
 import pytest
 
-from fourdperf.reconstruct.colmap import quaternions, write_colmap
+from fourdperf.data.cameras import quaternion_from_rotation
+from fourdperf.reconstruct.colmap import write_colmap
 from tests.reconstruct.example import example
 
 
@@ -71,7 +72,7 @@ def test_poses_are_exact_in_double_precision():
     random *= np.linalg.det(random)[:, None, None]
     half_turns = np.array([np.diag(d) for d in ([1, -1, -1], [-1, 1, -1], [-1, -1, 1], [1, 1, 1])], float)
     for r in np.concatenate([random, half_turns]):
-        (q,) = quaternions(r[None])
+        (q,) = quaternion_from_rotation(r[None])
         assert q[0] >= 0 and np.abs(rotation(q) - r).max() < 4e-15
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -68,7 +69,8 @@ def test_what_a_run_leaves_behind(tmp_path, capsys):
     assert float(rows[-1]["lr"]) == pytest.approx(1e-6) and float(rows[2]["lr"]) == pytest.approx(3e-3)  # peak at 3
     with open(out / "val.csv", newline="") as file:
         assert [row["step"] for row in csv.DictReader(file)] == ["15", "30"]
-    assert [path.name for path in sorted((out / "pictures").iterdir())] == ["step_000015.png", "step_000030.png"]
+    assert [path.name for path in sorted((out / "pictures").iterdir())] == ["depth_000015.png", "depth_000030.png"]
+    assert (out / "depth.png").read_bytes() == (out / "pictures" / "depth_000030.png").read_bytes()
     assert json.loads((out / "options.json").read_text())["scenes"] == 1
     assert len(list((tmp_path / "cache").rglob("*.npy"))) == 3  # one to train on, two to validate on
     model = load_d4rt(out / "last.ckpt")
@@ -160,9 +162,7 @@ def test_bfloat16(plain, tmp_path):
 
 
 def test_start_from_a_model(plain, tmp_path):
-    assert (
-        train(OWN, f"--init={plain}/model", "--max_steps=1", "--lr=1e-12", "--final_lr=1e-12", f"--out={tmp_path}") == 0
-    )
+    assert train(OWN, f"--init={plain}", "--max_steps=1", "--lr=1e-12", "--final_lr=1e-12", f"--out={tmp_path}") == 0
     assert all(torch.allclose(x, y, atol=1e-9) for x, y in zip(weights(tmp_path).values(), weights(plain).values()))
 
 
@@ -197,6 +197,19 @@ def test_seed_dictionaries(tmp_path):
     assert train(*options, f"--out={tmp_path}") == 0
     assert [row["step"] for row in curve(tmp_path)] == ["1", "2", "3", "4"]  # two batches a pass
     assert (tmp_path / "val.csv").exists()
+
+
+def test_a_module_in_the_current_folder(tmp_path, monkeypatch):
+    """As a console script, which has only its own folder on the path, finds it."""
+    (tmp_path / "clips_of_mine.py").write_text(f"from {own_clips.__name__} import Dictionaries\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder])
+    assert train("--train_data_path=clips_of_mine:Dictionaries", "--max_steps=1", "--out=run") == 0
+
+
+def test_large_seeds_and_single_frames(tmp_path):
+    options = ("--num_frames=1", "--model.patch_size=[1,8,8]", "--max_steps=1", "--val_every=1", "--val_clips=1")
+    assert train(*options, f"--seed={2**32 - 1}", f"--out={tmp_path}") == 0
 
 
 def test_recorded_videos(tmp_path):
@@ -244,6 +257,23 @@ def test_full_disk_keeps_the_last_checkpoint(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "last.ckpt").read_bytes() == before
 
 
+def test_a_run_is_not_written_over(plain, capsys):
+    before = {path.name: path.read_bytes() for path in plain.iterdir() if path.is_file()}
+    assert f"{plain} holds a run; go on with --ckpt" in fails(capsys, OWN, "--max_steps=1", f"--out={plain}")
+    assert {path.name: path.read_bytes() for path in plain.iterdir() if path.is_file()} == before
+
+
+@pytest.mark.parametrize("left", ["", "step,lo"])
+def test_curves_that_were_cut_off_at_their_first_line(plain, tmp_path, left):
+    run = tmp_path / "run"
+    shutil.copytree(plain, run)
+    (run / "train.csv").write_text(left)
+    assert (
+        train(OWN, "--max_steps=9", "--accumulate_grad_batches=2", f"--out={run}", f"--ckpt={run / 'last.ckpt'}") == 0
+    )
+    assert [row["step"] for row in curve(run)] == ["9"]
+
+
 def test_checkpoints_that_are_none(plain, tmp_path, capsys):
     out = f"--out={tmp_path / 'run'}"
     assert "no such file" in fails(capsys, f"--ckpt={tmp_path / 'no'}", out)
@@ -252,6 +282,8 @@ def test_checkpoints_that_are_none(plain, tmp_path, capsys):
     assert "cut.ckpt: not a complete checkpoint" in fails(capsys, OWN, "--max_steps=9", f"--ckpt={cut}", out)
     other = [OWN, "--max_steps=9", f"--ckpt={plain / 'last.ckpt'}", "--model.num_bands=4", out]
     assert "its model has num_bands 10; give the options" in fails(capsys, *other)
+    other = [OWN, "--max_steps=9", f"--init={plain}", "--model.num_bands=4", out]
+    assert "--model: wanted the fields of the D4RT in" in fails(capsys, *other)
     assert not (tmp_path / "run" / "last.ckpt").exists()
 
 
@@ -261,6 +293,7 @@ def test_checkpoints_that_are_none(plain, tmp_path, capsys):
         (["--batch_size=0"], "--batch_size: wanted at least 1, got 0"),
         (["--crop=0"], "--crop: wanted a share in (0, 1], got 0.0"),
         (["--variant=huge"], "variant: expected one of tiny, S, B, L, H, g, got 'huge'"),
+        (["--lr=0"], "--lr: wanted a positive number, got 0.0"),
         (["--img_size=20"], "image_size: expected multiples of the patch (2, 8, 8), got (20, 20)"),
         (["--model.width=3"], "width: no such option"),
         (["--init=/nowhere"], "/nowhere"),
