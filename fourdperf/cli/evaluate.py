@@ -23,6 +23,7 @@ def d4rt(
     test_data_path: str | None = None,
     num_queries: int = 2048,
     img_size: int | None = None,
+    patch_img_size: int | None = None,
     num_frames: int | None = None,
     clips: int = 64,
     average_clips: int = 200,
@@ -39,6 +40,8 @@ def d4rt(
             held-out synthetic scenes, where depth, tracks, poses and focal lengths are compared with baselines.
         num_queries: Queries per clip.
         img_size: Height and width of the frames; the model's own by default, and no other fits.
+        patch_img_size: Height and width of the frames that the queries' colour patches are cut from; of synthetic
+            scenes the baselines see them, too. By default the frames themselves.
         num_frames: Frames per clip; the model's own by default, at most.
         clips: How many clips; of videos at most as many as there are.
         average_clips: Training scenes that the baselines' averages come from.
@@ -55,8 +58,11 @@ def d4rt(
     from fourdperf.train.data import open_clips
     from fourdperf.train.evaluate_d4rt import evaluate_queries, evaluate_scenes, format_table
 
-    for name, value in {"num_queries": num_queries, "clips": clips, "average_clips": average_clips}.items():
-        if value < 1:
+    for name, value in {
+        **{"num_queries": num_queries, "clips": clips, "average_clips": average_clips},
+        "patch_img_size": patch_img_size,
+    }.items():
+        if value is not None and value < 1:
             raise ValueError(f"--{name}: wanted at least 1, got {value}")
     ckpt = ckpt or SHIPPED_WEIGHTS
     model = load_d4rt(ckpt).to(pick_device(device)).eval()
@@ -65,15 +71,16 @@ def d4rt(
         raise ValueError(f"--img_size: wanted the model's {size[0]} x {size[1]}, got {img_size}")
     if not 1 <= frames <= model.config.num_frames:
         raise ValueError(f"--num_frames: wanted 1 to the model's {model.config.num_frames}, got {frames}")
+    patch = None if patch_img_size is None else (patch_img_size, patch_img_size)
     result: dict[str, Any] = {"ckpt": str(ckpt), "data": test_data_path or "synthetic, test split", "seed": seed}
     if test_data_path is not None:
         if size[0] != size[1]:
             raise ValueError(f"--test_data_path: wanted a model of square frames, got one of {size[0]} x {size[1]}")
-        config = ClipConfig(num_queries, frames, size[0])
+        config = ClipConfig(num_queries, frames, size[0], patch_size=patch)
         dataset = open_clips(test_data_path, config, seed=seed, endless=False, intrinsics=intrinsics)
         result["queries"] = evaluate_queries(model, itertools.islice(_each(dataset), clips))
     else:
-        dataset = SyntheticClips("test", num_queries, frames, size, seed=seed, scenes=clips)
+        dataset = SyntheticClips("test", num_queries, frames, size, patch_size=patch, seed=seed, scenes=clips)
         result["queries"] = evaluate_queries(model, _each(dataset))
         grid = tuple(max(1, n // 2) for n in size)
         train = [Scene(scene_seed("train", i), num_frames=frames, size=size) for i in range(average_clips)]

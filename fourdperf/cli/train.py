@@ -27,6 +27,7 @@ def d4rt(
     num_queries: int = 2048,
     num_frames: int = 8,
     img_size: int = 256,
+    patch_img_size: int | None = None,
     batch_size: int = 1,
     variant: str = "tiny",
     model: dict[str, Any] | None = None,
@@ -73,6 +74,8 @@ def d4rt(
         num_queries: Queries per clip.
         num_frames: Frames per clip.
         img_size: Height and width that frames are squeezed to.
+        patch_img_size: Height and width of the frames that the queries' colour patches are cut from, for fourdperf
+            reconstruct --patch_resolution video; by default the frames themselves.
         batch_size: Clips per process and batch.
         variant: The size of the model, tiny, S, B, L, H or g.
         model: Fields of the model's config that differ from the variant's.
@@ -160,7 +163,16 @@ train = {
 
 
 def _check(options: dict[str, Any]) -> None:
-    sizes = ("num_queries", "num_frames", "img_size", "batch_size", "max_epochs", "devices", "num_nodes")
+    sizes = (
+        "num_queries",
+        "num_frames",
+        "img_size",
+        "patch_img_size",
+        "batch_size",
+        "max_epochs",
+        "devices",
+        "num_nodes",
+    )
     check_at_least_one(options, *sizes, "accumulate_grad_batches", "log_every", "val_every", "val_clips", "save_every")
     check_at_least_one(options, "max_steps", "stride")
     check_positive(options, "lr")
@@ -188,12 +200,13 @@ def _clips(path: str | None, split: Literal["train", "val"], options: dict[str, 
     training, size = split == "train", options["img_size"]
     view = ViewConfig(**{name: options[name] for name in ("crop", "zoom", "stride")}) if training else ViewConfig()
     colours = PhotometricConfig() if training and options["photometric"] else None
+    patch = None if options["patch_img_size"] is None else (options["patch_img_size"],) * 2
     queries, frames, seed = options["num_queries"], options["num_frames"], options["seed"]
     if path is not None:
-        config = ClipConfig(queries, frames, size, view, colours)
+        config = ClipConfig(queries, frames, size, view, colours, patch)
         return open_clips(path, config, seed=seed, endless=training, intrinsics=options["intrinsics"])
     scenes = options["scenes"] if training else options["val_clips"]
-    common = {"seed": seed, "scenes": scenes, "cache": options["cache"]}
+    common = {"patch_size": patch, "seed": seed, "scenes": scenes, "cache": options["cache"]}
     return SyntheticClips(split, queries, frames, (size, size), **common, colours=colours, view=view)
 
 

@@ -189,6 +189,14 @@ def photometric(video: Tensor, config: PhotometricConfig, generator: Generator) 
     return out
 
 
+def recoloured(videos: list[Tensor], config: PhotometricConfig | None, generator: Generator) -> list[Tensor]:
+    """`photometric` of the same frames in several resolutions, with the same draws; themselves without a config."""
+    if config is None:
+        return videos
+    draws = [*(generator.clone_state() for _ in videos[1:]), generator]
+    return [photometric(video, config, draw) for video, draw in zip(videos, draws)]
+
+
 def _blur(video: Tensor, sigma: float) -> Tensor:
     """A Gaussian of `sigma` pixels over H and W."""
     reach = min(max(1, math.ceil(3 * sigma)), *(n - 1 for n in video.shape[1:3]))

@@ -21,11 +21,12 @@ import torch
 from torch import Generator, Tensor
 from torch.utils.data import Dataset
 
-from fourdperf.data.augment import PhotometricConfig, ViewConfig, photometric, sample_view
+from fourdperf.data.augment import PhotometricConfig, View, ViewConfig, recoloured, sample_view
 from fourdperf.data.files import atomic_path
 from fourdperf.data.queries import Clip, Queries
 from fourdperf.data.query_sampling import boundaries, sample_queries
 from fourdperf.data.scenes import Scene
+from fourdperf.data.video import resize_frame
 
 __all__ = ["SPLITS", "Split", "SyntheticClips", "clip_generator", "scene_seed"]
 
@@ -52,6 +53,8 @@ class SyntheticClips(Dataset[Clip]):
         num_queries: N, drawn by `fourdperf.data.query_sampling` and answered exactly.
         num_frames: T of the clips.
         size: (H, W) of the frames.
+        patch_size: (H', W') of `patch_video`, for RGB patches finer than the frames: scenes are rendered in this size
+            and squeezed; None: the frames themselves.
         seed: of the questions and augmentations, not of the scenes.
         scenes: how many different scenes there are; None for a new one each time.
         cache: a folder for rendered scenes, made if it is missing.
@@ -70,6 +73,7 @@ class SyntheticClips(Dataset[Clip]):
         num_frames: int = 8,
         size: tuple[int, int] = (64, 64),
         *,
+        patch_size: tuple[int, int] | None = None,
         seed: int = 0,
         scenes: int | None = None,
         cache: str | os.PathLike | None = None,
@@ -82,11 +86,12 @@ class SyntheticClips(Dataset[Clip]):
             if value is not None and value < 1:
                 raise ValueError(f"{name}: wanted at least 1, got {value}")
         self.split, self.num_queries, self.num_frames, self.size = split, num_queries, num_frames, size
+        self.rendered_size = patch_size or size
         self.seed, self.scenes, self.colours, self.view = seed, scenes, colours, view or ViewConfig()
         self.rendered_frames = (num_frames - 1) * self.view.stride + 1
         self.folder = None
         if cache is not None:
-            self.folder = Path(cache) / f"{self.rendered_frames}x{size[0]}x{size[1]}"
+            self.folder = Path(cache) / "x".join(map(str, (self.rendered_frames, *self.rendered_size)))
             self.folder.mkdir(parents=True, exist_ok=True)
 
     def __len__(self) -> int:
@@ -97,7 +102,7 @@ class SyntheticClips(Dataset[Clip]):
 
     def scene(self, index: int) -> Scene:
         """The split's scene number `index`."""
-        return Scene(scene_seed(self.split, index), num_frames=self.rendered_frames, size=self.size)
+        return Scene(scene_seed(self.split, index), num_frames=self.rendered_frames, size=self.rendered_size)
 
     def index(self, number: int) -> int:
         """Which scene clip `number` shows."""
@@ -110,25 +115,23 @@ class SyntheticClips(Dataset[Clip]):
         index, generator = self.index(number), clip_generator(self.seed, number)
         scene = self.scene(index)
         pixels = self._pixels(scene, index)
-        video, boundary = pixels[..., :3], pixels[..., 3].bool()
         view = sample_view(self.rendered_frames, self.num_frames, self.view, generator)
-        video = view.video(video.float() / 255, self.size)
-        if self.colours is not None:
-            video = photometric(video, self.colours, generator)
-        boundary = view.video(boundary[..., None].float(), self.size)[..., 0] > 0.5
+        sizes = dict.fromkeys((self.size, self.rendered_size))
+        videos = recoloured([_seen(view, pixels[..., :3], size) for size in sizes], self.colours, generator)
+        boundary = view.video(pixels[..., 3:].float(), self.size)[..., 0] > 0.5
         queries = sample_queries(self.num_queries, boundary, generator)
         asked = view.to_video(queries)
         there = None if view.whole else scene.answer(Queries(asked.uv, asked.t_src, asked.t_tgt, asked.t_tgt))
         targets = view.to_view(queries, scene.answer(asked), there)
         ratio = torch.tensor(view.aspect_ratio(float(scene.aspect_ratio)))
-        return Clip(video, ratio, video, queries, targets)
+        return Clip(videos[0], ratio, videos[-1], queries, targets)
 
     def _pixels(self, scene: Scene, index: int) -> Tensor:
         """uint8 (F, H, W, 4), from the cache if it is there and complete."""
         if self.folder is None:
             return torch.from_numpy(_render(scene))
         path = self.folder / f"{scene_seed(self.split, index):09d}.npy"
-        shape = (self.rendered_frames, *self.size, 4)
+        shape = (self.rendered_frames, *self.rendered_size, 4)
         try:
             pixels = np.load(path, mmap_mode="r", allow_pickle=False)
             if pixels.shape == shape and pixels.dtype == np.uint8:
@@ -139,6 +142,13 @@ class SyntheticClips(Dataset[Clip]):
         with atomic_path(path) as temporary:
             np.save(temporary, pixels)
         return torch.from_numpy(pixels)
+
+
+def _seen(view: View, frames: Tensor, size: tuple[int, int]) -> Tensor:
+    """What the view shows of uint8 frames; whole frames are squeezed as for inference (Lanczos)."""
+    if view.whole and tuple(frames.shape[1:3]) != size:
+        frames = torch.stack([torch.from_numpy(resize_frame(frame.numpy(), size)) for frame in frames])
+    return view.video(frames.float() / 255, size)
 
 
 def _render(scene: Scene) -> np.ndarray:

@@ -14,7 +14,7 @@ import torch
 from torch import Generator, Tensor
 from torch.utils.data import Dataset
 
-from fourdperf.data.augment import PhotometricConfig, View, ViewConfig, photometric, sample_view
+from fourdperf.data.augment import PhotometricConfig, View, ViewConfig, recoloured, sample_view
 from fourdperf.data.queries import Clip, Queries
 from fourdperf.data.query_sampling import BOUNDARY_SHARE, SAME_TIME_SHARE
 from fourdperf.data.recorded_queries import answer, ask
@@ -76,9 +76,7 @@ def clip_of(source: Source, config: ClipConfig, generator: Generator) -> Clip:
     targets = view.to_view(queries, answer(window, asked), there)
     sizes = [(config.image_size, config.image_size)] + [config.patch_size] * (config.patch_size is not None)
     videos = [_video(window.frames, view, size) for size in sizes]
-    if config.colours is not None:
-        draws = [generator.clone_state() for _ in videos]  # the same colours for both
-        videos = [photometric(video, config.colours, draw) for video, draw in zip(videos, draws)]
+    videos = recoloured(videos, config.colours, generator)
     ratio = torch.tensor(view.aspect_ratio(source.size[1] / source.size[0]), dtype=torch.float32)
     return Clip(videos[0], ratio, videos[-1], queries, targets)
 

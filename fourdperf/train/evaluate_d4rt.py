@@ -89,7 +89,8 @@ def evaluate_scenes(
     every baseline: {"depth": {"D4RT": {...}, ...}, "tracks": ..., "poses": ..., "focal": ...}.
 
     Args:
-        scenes: held out, of the model's number of frames and image size.
+        scenes: held out, of the model's number of frames; the queries' RGB patches are cut from their frames as they
+            are, while the model sees them in its own size.
         averages: of training scenes, on the grid ``size``.
         size: (h, w) of the depth maps. Tracks are those of an 8 x 8 grid of frame 0, judged where the points are truly
             visible: EPE in 3-D and scene units, `pixels` in the frame as if it had 256 x 256. `hidden` is the EPE where
@@ -101,7 +102,7 @@ def evaluate_scenes(
     rows: dict[str, dict[str, list[Row]]] = {}
     for scene in tqdm(scenes, "scenes", unit="scene", disable=None):
         frames = (scene.render().video * 255).round().clamp(0, 255).byte()
-        video = recipes.EncodedVideo(model, frames)
+        video = recipes.EncodedVideo(model, frames, high_resolution=True)
         parts = {
             "depth": _depth(video, scene, averages, size),
             "tracks": _tracks(video, scene, frames.numpy()),

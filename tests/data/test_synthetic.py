@@ -72,6 +72,19 @@ def test_cache_changes_nothing(tmp_path):
     assert [path.name for path in tmp_path.rglob("*") if "tmp" in path.name] == []
 
 
+@pytest.mark.parametrize("crop", [1.0, 0.5])
+def test_patches_finer_than_the_frames(crop, tmp_path):
+    options = {"colours": PhotometricConfig(blur=0.0), "view": ViewConfig(crop=crop), "scenes": 2}
+    clips = SyntheticClips("train", **SMALL, patch_size=(48, 72), **options, cache=tmp_path)
+    clip = clips[0]
+    assert clip.video.shape == (3, 16, 24, 3) and clip.patch_video.shape == (3, 48, 72, 3)
+    squeezed = clip.patch_video.unflatten(1, (16, 3)).unflatten(3, (24, 3)).mean((2, 4))
+    assert (clip.video - squeezed).abs().mean() < 0.03  # the same picture with the same colours
+    assert [np.load(file).shape for file in tmp_path.rglob("*.npy")] == [(3, 48, 72, 4)]
+    plain = SyntheticClips("train", **SMALL, **options)[0]
+    assert torch.equal(plain.video, plain.patch_video)
+
+
 def test_cache_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError):

@@ -218,8 +218,10 @@ def test_recorded_videos(tmp_path):
     assert main(["export_scenes", str(data), *options]) == 0
     out = tmp_path / "run"
     paths = (f"--train_data_path={data}", f"--val_data_path={data}", f"--out={out}")
-    assert train(*paths, "--max_steps=2", "--val_every=2", "--crop=0.5", "--zoom=0.5") == 0
-    assert main(["evaluate", "d4rt", f"--ckpt={out}", f"--test_data_path={data}", f"--out={tmp_path / 'e.json'}"]) == 0
+    finer = "--patch_img_size=24"
+    assert train(*paths, "--max_steps=2", "--val_every=2", "--crop=0.5", "--zoom=0.5", finer) == 0
+    written = f"--out={tmp_path / 'e.json'}"
+    assert main(["evaluate", "d4rt", f"--ckpt={out}", f"--test_data_path={data}", finer, written]) == 0
     found = json.loads((tmp_path / "e.json").read_text())["queries"]
     assert 0 < found["abs_rel"] < 2 and 0 <= found["visibility_accuracy"] <= 1 and found["loss"] > 0
 
