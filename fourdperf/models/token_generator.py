@@ -41,6 +41,7 @@ class Config(BaseConfig):
     dropout: of the embeddings and of what each branch of a block adds, in train mode.
     steps: of `generate`. temperature: of its Gumbel noise at the start. guidance, schedule, guidance_power: as there.
     anneal: also cools the logits, from 1.3 to 0.5.
+    tokenizer: whose codes it learned (`fourdperf.models.tokenizers.fingerprint`); None where nobody has noted it.
     """
 
     kind: str = "bert"
@@ -58,6 +59,7 @@ class Config(BaseConfig):
     schedule: str = "linear"
     guidance_power: float = 2.5
     anneal: bool = False
+    tokenizer: str | None = None
 
     def __post_init__(self):
         for name in ("codebook_size", "num_tokens", "num_classes", "hidden_size", "num_layers", "num_heads"):
@@ -178,9 +180,9 @@ class TokenGenerator(PretrainedModel):
             return indices.new_full(batch, c.no_class_id)
         if classes.shape != batch or classes.is_floating_point():
             raise ValueError(f"classes: expected integers {batch}, got {classes.dtype} {tuple(classes.shape)}")
+        ids = classes.long() + c.codebook_size + 1
         if drop is None:
             return ids
-        ids = classes.long() + c.codebook_size + 1
         if drop.shape != batch or drop.dtype != torch.bool:
             raise ValueError(f"drop: expected booleans {batch}, got {drop.dtype} {tuple(drop.shape)}")
         return torch.where(drop, c.no_class_id, ids)
