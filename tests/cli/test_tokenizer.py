@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fourdperf.cli.main import main
+from fourdperf.cli.reconstruct_images import reconstructed
 from fourdperf.data.token_file import TokenFile
 from fourdperf.metrics.codecs import CODECS
 from fourdperf.models import titok, token_generator, tokenizer
@@ -192,6 +193,14 @@ def test_reconstructions_side_by_side_with_bytes_and_codecs(models, pictures, tm
     assert float(seed.split()[-3]) == 4  # 5 codes of 5 bits
     assert main([*command, f"--out={out}", "--codecs=false"]) == 0
     assert read(out).shape == (2 * 172 + 16, 3 * 192 + 2 * 4, 3)
+
+
+def test_the_psnr_is_that_of_the_picture_as_it_is_written(models):
+    model, image = load_tokenizer(models / "seed"), torch.randint(0, 256, (*SIZE, 3)) / 255
+    with torch.no_grad():
+        found = reconstructed(model, "seed", image)
+    error = np.square(found.image - 255.0 * image.double().numpy()).mean()
+    assert found.psnr == pytest.approx(20 * np.log10(255) - 10 * np.log10(error), rel=1e-6)
 
 
 def test_options_of_the_sampling_reach_the_generator(models, tmp_path, monkeypatch):
