@@ -332,6 +332,27 @@ def test_checkpoint_of_another_model(data, plain, tmp_path, capsys):
     assert "its model has codebook_size 16; give the options" in fails(capsys, data, tmp_path / "run", *other)
 
 
+@pytest.mark.parametrize(
+    ("option", "named"),
+    [
+        ("--ema=0", "--ema"),
+        ("--discriminator=titok", "the discriminator"),
+        ("--loss.lecam=0", "--loss.lecam"),
+        ("--optimizer=muon", "--optimizer"),
+    ],
+)
+def test_checkpoint_of_another_run(data, plain, tmp_path, capsys, option, named):
+    error = fails(capsys, data, tmp_path / "run", f"--ckpt={plain / 'last.ckpt'}", *FULL, option)
+    assert f"--ckpt: it differs in {named}; give the options that its run was started with" in error
+
+
+def test_checkpoint_of_muon():
+    module = TokenizerTraining(TiTok(titok.Config(**SMALL_TITOK)), 1, weights=Weights())
+    with pytest.raises(ValueError, match="--ckpt: it differs in --optimizer; give the options"):
+        module.on_load_checkpoint({"optimizer_states": [{"parts": []}]})
+    module.on_load_checkpoint({"optimizer_states": [{"state": {}}], "model_config": {"num_latents": 5}})  # an older one
+
+
 def test_targets_that_do_not_fit(data, vqgan, tmp_path, capsys):
     more = ("--stage=1", f"--target={vqgan}", "--model.patch_size=4")
     error = fails(capsys, data, tmp_path / "run", *more, family="titok")
