@@ -1,6 +1,7 @@
 """``fourdperf generate``: new images from a token generator and a tokenizer."""
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 from tqdm import tqdm
@@ -15,7 +16,7 @@ from fourdperf.data.video import write_png
 from fourdperf.models.titok import TiTok
 from fourdperf.models.token_generator import TokenGenerator
 from fourdperf.models.tokenizer import Tokenizer
-from fourdperf.models.tokenizers import decode, load_generator
+from fourdperf.models.tokenizers import decode, fingerprint, load_generator
 from fourdperf.train.tokenizer_views import panel
 
 __all__ = ["generate"]
@@ -31,7 +32,10 @@ def generate(
     count: int = 8,
     steps: int | None = None,
     guidance: float | None = None,
+    schedule: Literal["none", "constant", "linear", "power-cosine"] | None = None,
+    guidance_power: float | None = None,
     temperature: float | None = None,
+    anneal: bool | None = None,
     out: Path = Path("generated"),
     seed: int = 0,
     batch_size: int = 16,
@@ -42,12 +46,16 @@ def generate(
 
     Args:
         generator: The folder of a token generator, or of a run of fourdperf train token_generator.
-        tokenizer: The folder of the tokenizer whose codes it learned, or of its run.
+        tokenizer: The folder of the tokenizer whose codes it learned, or of its run; another is refused, where the
+            generator tells.
         classes: Numbers of the classes to show; by default no class is told.
         count: Images of each class.
         steps: Of the generation; by default the generator's own, as for what follows.
         guidance: How much the class counts.
+        schedule: Of the guidance from step to step: none; constant; linear, from zero; power-cosine, from one.
+        guidance_power: Of power-cosine: the more, the later guidance rises.
         temperature: Of the noise at the start: more is more diverse, and worse.
+        anneal: Make choices more random at first, and surer at the end.
         out: The folder for the images.
         seed: Of the noise; with --batch_size it decides the images.
         batch_size: Images at once.
@@ -62,7 +70,8 @@ def generate(
     model = load_generator(generator).to(pick_device(device), getattr(torch, dtype)).requires_grad_(False)
     check_fit(model, decoder)
     told = [None] * count if classes is None else [number for number in classes for _ in range(count)]
-    options = {"steps": steps, "guidance": guidance, "temperature": temperature}
+    options = {"steps": steps, "guidance": guidance, "schedule": schedule, "guidance_power": guidance_power}
+    options |= {"temperature": temperature, "anneal": anneal}
     device_of_noise = model.tokens.device
     noise = torch.Generator(device_of_noise).manual_seed(seed)
     described = describe(decoder, str(tokenizer), len(told), labels=None if classes is None else tuple(told))
@@ -88,10 +97,13 @@ def generate(
 
 
 def check_fit(generator: TokenGenerator, tokenizer: Tokenizer | TiTok) -> None:
-    """Raises ValueError unless the generator's codes are as many, of as many, as the tokenizer's."""
+    """Raises ValueError unless the generator learned the tokenizer's codes; where it does not tell whose, as many."""
     if tokenizer.quantizer is None:
         raise ValueError("--tokenizer: wanted one with codes, got a VAE")
     ours = generator.config.num_tokens, generator.config.codebook_size
     theirs = tokenizer.config.num_latents, tokenizer.config.codebook_size
     if ours != theirs:
         raise ValueError(f"--tokenizer: wanted {ours[0]} tokens of {ours[1]} codes, got {theirs[0]} of {theirs[1]}")
+    learned, got = generator.config.tokenizer, fingerprint(tokenizer)
+    if learned not in (None, got):
+        raise ValueError(f"--tokenizer: wanted the one whose codes were learned (fingerprint {learned}), got {got}")

@@ -73,8 +73,8 @@ def reconstructed(model: Tokenizer | TiTok, name: str, image: torch.Tensor) -> C
     codes = encode(model, image[None].to(model.encoder.positions.device))
     described = describe(model, name, 1)
     records = described.pack(codes)  # what a file would hold
-    again = decode(model, described.unpack(records).to(codes.device)).cpu()
-    return Coded(to_pixels(again[0]), records.shape[1], psnr(again, image[None]).item())
+    again = to_pixels(decode(model, described.unpack(records).to(codes.device))[0])
+    return Coded(again, records.shape[1], psnr(torch.from_numpy(again)[None] / 255, image[None]).item())
 
 
 def _cell(name: str, found: Coded | None, image: torch.Tensor) -> np.ndarray:

@@ -109,7 +109,7 @@ def token_generator(
     from lightning import seed_everything
 
     from fourdperf.models.token_generator import MODEL, Config, TokenGenerator
-    from fourdperf.models.tokenizers import check_pictures, load_tokenizer
+    from fourdperf.models.tokenizers import check_pictures, fingerprint, load_tokenizer
     from fourdperf.train.data import Shuffled
     from fourdperf.train.module import RunData
     from fourdperf.train.schedule import warmup_within
@@ -121,14 +121,18 @@ def token_generator(
     if reader.quantizer is None:
         raise ValueError(f"--tokenizer: wanted one with codes, got a VAE: {tokenizer}")
     check_pictures(reader)
-    sizes = {"codebook_size": reader.config.codebook_size, "num_tokens": reader.config.num_latents}
-    fields = {**sizes, **(model or {})}
-    for name, value in sizes.items():
+    given = {"codebook_size": reader.config.codebook_size, "num_tokens": reader.config.num_latents}
+    given["tokenizer"] = fingerprint(reader)
+    fields = {**given, **(model or {})}
+    for name, value in given.items():
         if fields[name] != value:
             raise ValueError(f"--model.{name}: wanted {value}, as the tokenizer has it, got {fields[name]}")
     train, val, classes = _items(options, reader)
     fields = {"num_classes": max(1, len(classes)), **fields}
     config = Config.from_dict({**TINY, **fields}) if variant == "tiny" else Config.from_variant(variant, **fields)
+    if config.num_classes < len(classes):
+        wanted = f"at least {len(classes)}, as the pictures have"
+        raise ValueError(f"--model.num_classes: wanted {wanted}, got {config.num_classes}")
     network = TokenGenerator(config)
     module = TokenGeneratorTraining(
         network,
@@ -174,7 +178,7 @@ def _check(options: dict[str, Any]) -> None:
 
 
 def _items(options: dict[str, Any], tokenizer: "Tokenizer | TiTok") -> tuple["Dataset", "Dataset", tuple[str, ...]]:
-    """Pictures or codes with labels, to train on and to validate on; and the labels' names."""
+    """Pictures or codes with labels, to train on and to validate on; and the names of the labels of both."""
     from torch.utils.data import Subset
 
     from fourdperf.data.image_sets import open_image_set
@@ -185,10 +189,10 @@ def _items(options: dict[str, Any], tokenizer: "Tokenizer | TiTok") -> tuple["Da
     seed, size = options["seed"], tokenizer.config.image_size
     if options["tokens"] is None:
         train = open_image_set(options["data_path"], "train", size, augment=options["augment"], seed=seed)
-        return train, open_image_set(options["data_path"], "val", size, seed=seed), train.classes
+        val = open_image_set(options["data_path"], "val", size, seed=seed)
+        return train, val, max(train.classes, val.classes, key=len)
     file = TokenFile(options["tokens"])
     file.check_made_by(str(options["tokenizer"]), fingerprint(tokenizer))
     parts = (Subset(file, part(len(file), split, ("train", "val"), seed).tolist()) for split in ("train", "val"))
-    labels = file.description.labels
-    names = file.description.classes or tuple(map(str, range(max(labels, default=0) + 1 if labels else 1)))
-    return *parts, names
+    numbers = tuple(map(str, range(max(file.description.labels or (0,)) + 1)))
+    return *parts, max(file.description.classes, numbers, key=len)

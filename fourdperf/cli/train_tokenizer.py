@@ -235,12 +235,16 @@ def _network(options: dict[str, Any], vqgan: "MaskGITVQGAN | None") -> tuple["To
     told = []
     if options["pretrained"] is not None:
         network = load_tokenizer(options["pretrained"])
+        if options["stage"] is not None:
+            _check_first_stage(network, options, vqgan)
         if options["stage"] == "2":
             network = with_pixel_decoder(network, vqgan)
         told.append(f"starts from {options['pretrained']}")
     else:
         family, tiny = options["family"], options["variant"] == "tiny"
         fields = {"image_size": options["image_size"] or (64 if tiny else 256)}
+        if family == "titok":  # releases are of the last stage, and the first ones have reshaped latents
+            fields |= {"target": "pixels", "pixels": None, "latent_layout": "token"}
         if options["stage"] == "1":
             fields |= {"target": "codes", "target_codes": vqgan.config.codebook_size}
         if options["init_encoder"] is not None and family == "tokenizer":
@@ -262,6 +266,23 @@ def _network(options: dict[str, Any], vqgan: "MaskGITVQGAN | None") -> tuple["To
     if options["init_encoder"] is not None:
         told.append(init_encoder(network, options["init_encoder"], options["init_weights"]))
     return network.train(), told
+
+
+def _check_first_stage(network: "Tokenizer | TiTok", options: dict[str, Any], vqgan: "MaskGITVQGAN") -> None:
+    """Raises ValueError unless a model to start a stage from is of stage 1, with the codes of this VQGAN."""
+    c, codes = network.config, vqgan.config.codebook_size
+    if network.MODEL != "titok":
+        got = "no TiTok"
+    elif c.pixels is not None:
+        got = "one of stage 2"
+    elif c.target != "codes":
+        got = "one that learned pixels at once"
+    elif c.target_codes != codes:
+        got = f"one of {c.target_codes} codes"
+    else:
+        return
+    wanted = f"a TiTok of stage 1 with the {codes} codes of --target for --stage {options['stage']}"
+    raise ValueError(f"--pretrained: wanted {wanted}, got {got}: {options['pretrained']}")
 
 
 def _features(options: dict[str, Any], size: tuple[int, int]):
@@ -290,8 +311,8 @@ def _discriminator(options: dict[str, Any]):
 
 def _lightning(options: dict[str, Any], module) -> dict[str, Any]:
     """The options as the Trainer wants them: a step is one batch, and DDP knows that networks do not all take part."""
-    strategy = options["strategy"]
-    if strategy == "ddp" and module.adversary is not None:
+    strategy, several = options["strategy"], options["devices"] * options["num_nodes"] > 1
+    if module.adversary is not None and (strategy == "ddp" or strategy == "auto" and several):
         strategy = "ddp_find_unused_parameters_true"
     return {**options, "accumulate_grad_batches": 1, "strategy": strategy}
 

@@ -5,7 +5,8 @@
     LIST.txt            a path a line, relative to the list's folder or absolute (BDD100K, taming-transformers)
     SHARDS.tar          WebDataset: NAME.jpg or .png, with NAME.cls or NAME.json {"label": 3} where there are labels;
                         also patterns such as train-{0000..0099}.tar and 'bdd/*.tar'. Shards are indexed once, and read
-                        in any order; NAME has no dots. `fourdperf image_shards` writes some
+                        in any order; NAME has no dots. `fourdperf image_shards` writes some;
+                        a folder of these has the labels' names, too
     PICTURES.h5         data set images, uint8 (N, H, W, 3), RGB, and labels, integers (N,), or none; patterns, too
 
 A list, shard or HDF5 file whose name has the word train, val or test is of that split, and others are then left out; of
@@ -38,6 +39,7 @@ from fourdperf.data.synthetic import clip_generator
 
 __all__ = ["ImageSet", "open_image_set"]
 
+DESCRIPTION = "image_shards.json"  # beside shards of `fourdperf.data.image_shards`
 KINDS = {".txt": "list", ".tar": "shards", ".h5": "hdf5", ".hdf5": "hdf5"}
 SPLIT_WORD = re.compile(rf"(?<![A-Za-z])({'|'.join(SPLITS)})(?![A-Za-z])")
 TAR_IMAGES = tuple(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
@@ -135,7 +137,7 @@ def open_image_set(
     chosen, together = source_of([word for word in files if word], split, f"files of {source}")
     pictures, labels = READERS[kind](files[chosen] if chosen else [file for some in files.values() for file in some])
     mine = part(len(pictures), split, together, seed=0)
-    classes = () if labels is None else tuple(map(str, range(max(labels) + 1)))
+    classes = () if labels is None else _class_names(Path(source), max(labels) + 1)
     labels = [0] * len(pictures) if labels is None else labels
     return ImageSet(kind, pictures, labels, classes, size, mine, augment, seed)
 
@@ -144,9 +146,12 @@ def _find(source: str) -> tuple[str, dict[str, list[Path]]]:
     """What kind of source it is, and its files by split, "" where the name tells none."""
     path = Path(source)
     if path.is_dir():
-        kinds = {kind: sorted(path.glob(f"*{suffix}")) for suffix, kind in KINDS.items() if kind != "list"}
-        kind = next((kind for kind, files in kinds.items() if files), "folder")
-        return kind, _by_split(kinds.get(kind, []))
+        files = [file for file in path.iterdir() if file.suffix in KINDS and not file.name.startswith(".")]
+        for kind in ("shards", "hdf5"):
+            found = sorted(file for file in files if KINDS[file.suffix] == kind)
+            if found:
+                return kind, _by_split(found)
+        return "folder", {}
     kind = KINDS.get(path.suffix)
     if kind is None:
         wanted = f"a folder, or a file or pattern ending in {', '.join(KINDS)}"
@@ -172,6 +177,16 @@ def _expand(pattern: str) -> list[str]:
         return list(braceexpand(pattern))
     except UnbalancedBracesError as error:
         raise ValueError(f"images: {pattern}: {error}") from error
+
+
+def _class_names(source: Path, count: int) -> tuple[str, ...]:
+    """Of so many labels: as a folder of shards tells them, or else their numbers."""
+    file = source / DESCRIPTION
+    try:
+        names = tuple(map(str, json.loads(file.read_bytes())["classes"])) if file.is_file() else ()
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file}: corrupt: no classes: {error}") from error
+    return names if len(names) >= count else tuple(map(str, range(count)))
 
 
 def _by_split(files: Sequence[Path]) -> dict[str, list[Path]]:
@@ -251,18 +266,7 @@ def _read_shards(files: Sequence[Path]) -> tuple[TarPictures, list[int] | None]:
     images: list[Member] = []
     labels: list[int | None] = []
     for shard in files:
-        samples: dict[str, dict[str, Member]] = {}
-        try:
-            with tarfile.open(shard, "r:") as tar:
-                for entry in tar:
-                    key, _, suffix = entry.name.rpartition("/")[2].partition(".")
-                    if entry.isfile() and key:
-                        key = f"{entry.name.rpartition('/')[0]}/{key}"
-                        member = Member(shard, entry.name, entry.offset_data, entry.size)
-                        samples.setdefault(key, {})[suffix.lower()] = member
-        except (tarfile.TarError, EOFError) as error:
-            raise ValueError(f"{shard}: no tar file, or corrupt or cut off: {error}") from error
-        for parts in samples.values():
+        for parts in _samples(shard).values():
             image = next((parts[suffix] for suffix in TAR_IMAGES if suffix in parts), None)
             if image is not None:
                 images.append(image)
@@ -275,6 +279,26 @@ def _read_shards(files: Sequence[Path]) -> tuple[TarPictures, list[int] | None]:
         member = images[labels.index(None)]
         raise ValueError(f"{member.shard}: {member.name} has no label, though others have")
     return TarPictures(images), None
+
+
+def _samples(shard: Path) -> dict[str, dict[str, Member]]:
+    """The members of a shard by sample and suffix."""
+    samples: dict[str, dict[str, Member]] = {}
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for entry in tar:
+                key, _, suffix = entry.name.rpartition("/")[2].partition(".")
+                if entry.isfile() and key:
+                    key = f"{entry.name.rpartition('/')[0]}/{key}"
+                    member = Member(shard, entry.name, entry.offset_data, entry.size)
+                    samples.setdefault(key, {})[suffix.lower()] = member
+            tar.fileobj.seek(tar.offset)
+            end = tar.fileobj.read(tarfile.BLOCKSIZE)
+    except (tarfile.TarError, EOFError) as error:
+        raise ValueError(f"{shard}: no tar file, or corrupt or cut off: {error}") from error
+    if end != bytes(tarfile.BLOCKSIZE):  # to tarfile a damaged header is the end, and so is none
+        raise ValueError(f"{shard}: corrupt or cut off at byte {tar.offset}: wanted a header, or zeros at the end")
+    return samples
 
 
 def _label(parts: dict[str, Member]) -> int | None:

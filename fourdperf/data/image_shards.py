@@ -25,14 +25,13 @@ import numpy as np
 from tqdm import tqdm
 
 from fourdperf.data.files import atomic_path, write_text
-from fourdperf.data.image_sets import FilePictures, ImageSet, TarPictures, open_image_set
+from fourdperf.data.image_sets import DESCRIPTION, FilePictures, ImageSet, TarPictures, open_image_set
 from fourdperf.data.images import SPLITS
 from fourdperf.data.scene_files import IMAGE_SUFFIXES, decode_image
 
 __all__ = ["open_splits", "write_image_shards"]
 
 FORMAT = "fourdperf image shards 1"
-DESCRIPTION = "image_shards.json"
 JPEG_QUALITY = 95
 
 

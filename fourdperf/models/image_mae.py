@@ -159,7 +159,7 @@ class ImageMAE(PretrainedModel):
         mean, std = pixels.mean(-1, keepdim=True), (pixels.var(-1, keepdim=True) + 1e-6).sqrt()
         error = (guess - (pixels - mean) / std).square().mean(-1)
         shown = torch.where(mask[..., None], guess * std + mean, pixels)
-        return Output(error[mask].mean(), self._picture(shown), mask)
+        return Output((error * mask).sum() / mask.sum(), self._picture(shown), mask)
 
     def _patches(self, images: Tensor) -> Tensor:
         """`(B, H, W, 3)` -> `(B, P, p p 3)`."""

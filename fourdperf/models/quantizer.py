@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fourdperf.models.layers import wide
-from fourdperf.models.token_blocks import check_integers
+from fourdperf.models.token_blocks import check_codes
 from fourdperf.ops import code_sums, vector_quantize
 
 BETA_ON = ("commitment", "codebook")
@@ -166,8 +166,8 @@ class VectorQuantizer(nn.Module):
         self.codebook += (rate[:, None] * (sums - usage[:, None] * self.codebook)).to(self.codebook.dtype)
 
     def lookup(self, indices: Tensor) -> Tensor:
-        """The codes `(.., C)` of `indices` `(..)`; raises ValueError where they are no integers."""
-        return self.codes()[check_integers(indices)]
+        """The codes `(.., C)` of `indices` `(..)`; raises ValueError where these are no integers or, on a CPU, of none."""
+        return self.codes()[check_codes(indices, len(self.codebook))]
 
 
 def _distributed() -> bool:

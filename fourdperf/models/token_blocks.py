@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fourdperf.models.layers import attention, like, linear_gelu, tap
+from fourdperf.models.layers import attention, like, linear_gelu, may_look, tap
 
 
 def _tanh(x: Tensor) -> Tensor:
@@ -284,13 +284,18 @@ def check_latents(latents: Tensor, count: int, channels: int, parameter: Tensor)
 
 
 def check_indices(indices: Tensor, count: int) -> Tensor:
-    """Raises ValueError unless `indices` are integers `(B, count)`."""
+    """The indices; raises ValueError unless they are `(B, count)`."""
     if not isinstance(indices, Tensor) or indices.ndim != 2 or indices.shape[1] != count:
         raise ValueError(f"indices: expected a tensor (B, {count}), got {tuple(getattr(indices, 'shape', ()))}")
-    return check_integers(indices)
+    return indices
 
 
-def check_integers(indices: Tensor) -> Tensor:
+def check_codes(indices: Tensor, codes: int) -> Tensor:
+    """The indices as int64; raises ValueError unless they are integers and, where they may be looked at, of `codes`."""
     if indices.is_floating_point() or indices.dtype == torch.bool:
         raise ValueError(f"indices: expected an integer dtype, got {indices.dtype}")
+    indices = indices.long()  # PyTorch takes uint8 for a mask, and no int8 or int16 at all
+    if may_look(indices) and indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < codes:
+        got = f"{int(indices.min())} .. {int(indices.max())}"
+        raise ValueError(f"indices: expected numbers in 0 .. {codes - 1}, got {got}")
     return indices

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fourdperf.models.checkpoint import PretrainedModel
 from fourdperf.models.config import BaseConfig, check_choices, check_int
 from fourdperf.models.layers import tap
-from fourdperf.models.token_blocks import Block, check_indices, reset_transformer
+from fourdperf.models.token_blocks import Block, check_codes, check_indices, reset_transformer
 
 MODEL = "token_generator"
 CHOICES = {"kind": ("bert", "uvit"), "schedule": ("none", "constant", "linear", "power-cosine")}
@@ -41,6 +41,7 @@ class Config(BaseConfig):
     dropout: of the embeddings and of what each branch of a block adds, in train mode.
     steps: of `generate`. temperature: of its Gumbel noise at the start. guidance, schedule, guidance_power: as there.
     anneal: also cools the logits, from 1.3 to 0.5.
+    tokenizer: whose codes it learned (`fourdperf.models.tokenizers.fingerprint`); None where nobody has noted it.
     """
 
     kind: str = "bert"
@@ -58,6 +59,7 @@ class Config(BaseConfig):
     schedule: str = "linear"
     guidance_power: float = 2.5
     anneal: bool = False
+    tokenizer: str | None = None
 
     def __post_init__(self):
         for name in ("codebook_size", "num_tokens", "num_classes", "hidden_size", "num_layers", "num_heads"):
@@ -144,9 +146,10 @@ class TokenGenerator(PretrainedModel):
 
         classes: `(B,)` in 0 .. num_classes - 1; None for no class. drop: `(B,)`, True where the class is not told.
         places: `(B, N)`, True where logits are wanted; then they are `(M, K)`, row by row.
-        taps: "embed", then "block/00", .. and "norm". Raises ValueError for shapes that do not fit.
+        taps: "embed", then "block/00", .. and "norm". Raises ValueError for shapes that do not fit, and on a CPU for
+        indices that are no codes.
         """
-        check_indices(indices, self.config.num_tokens)
+        indices = check_codes(check_indices(indices, self.config.num_tokens), self.config.codebook_size + 1)
         if places is not None and (places.shape != indices.shape or places.dtype != torch.bool):
             got = f"{places.dtype} {tuple(places.shape)}"
             raise ValueError(f"places: expected booleans {tuple(indices.shape)}, got {got}")
@@ -177,11 +180,12 @@ class TokenGenerator(PretrainedModel):
             return indices.new_full(batch, c.no_class_id)
         if classes.shape != batch or classes.is_floating_point():
             raise ValueError(f"classes: expected integers {batch}, got {classes.dtype} {tuple(classes.shape)}")
+        ids = classes.long() + c.codebook_size + 1
         if drop is None:
-            return classes + c.codebook_size + 1
+            return ids
         if drop.shape != batch or drop.dtype != torch.bool:
             raise ValueError(f"drop: expected booleans {batch}, got {drop.dtype} {tuple(drop.shape)}")
-        return torch.where(drop, c.no_class_id, classes + c.codebook_size + 1)
+        return torch.where(drop, c.no_class_id, ids)
 
     @torch.no_grad()
     def generate(

@@ -18,7 +18,7 @@ from fourdperf.models.checkpoint import Entry, write_checkpoint
 from fourdperf.models.d4rt import MODEL
 from fourdperf.train.checkpoint import read_run
 
-__all__ = ["AtomicCheckpoints", "Checkpoints", "Curves", "RunPictures", "curve_picture"]
+__all__ = ["AtomicCheckpoints", "Checkpoints", "Curves", "RunPictures", "curve_picture", "write_curves"]
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
@@ -114,6 +114,16 @@ def curve_picture(out: Path, column: str, title: str, y_label: str = "") -> np.n
             if rows:
                 curves[name] = tuple(zip(*rows))
     return line_chart(curves, title=title, x_label="step", y_label=y_label)
+
+
+def write_curves(out: Path, **columns: tuple[str, str]) -> None:
+    """`out`/NAME.png for each of these columns that the run's train.csv or val.csv has rows of: name=(title, unit)."""
+    files = [path.read_text() for path in (out / "train.csv", out / "val.csv") if path.exists()]
+    heads = [head for head, _, rows in (file.partition("\n") for file in files) if rows]
+    known = {name for head in heads for name in head.split(",")}
+    for name, (title, unit) in columns.items():
+        if name in known:
+            write_png(out / f"{name}.png", curve_picture(out, name, title, unit))
 
 
 class RunPictures(Callback):

@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fourdperf.data.pictures import enlarge, label, side_by_side, stack, to_pixels
-from fourdperf.data.video import write_png
 from fourdperf.models.image_mae import ImageMAE, Output
-from fourdperf.train.callbacks import RunPictures, curve_picture
+from fourdperf.train.callbacks import RunPictures, write_curves
 from fourdperf.train.module import ModelTraining
 
 __all__ = ["ImageMAEPictures", "ImageMAETraining", "guesses_picture"]
@@ -87,7 +86,7 @@ class ImageMAEPictures(RunPictures):
         return {"guesses": guesses_picture(self.images, found, module.model.config.grid)}
 
     def finish(self, module: LightningModule) -> None:
-        write_png(self.out / "loss.png", curve_picture(self.out, "loss", "loss"))
+        write_curves(self.out, loss=("loss", ""))
 
 
 def guesses_picture(images: Tensor, found: Output, grid: tuple[int, int]) -> np.ndarray:

@@ -16,21 +16,45 @@ from fourdperf.train.schedule import learning_rate
 
 __all__ = ["ADVICE", "ModelTraining", "RunData", "average_into", "val_batches"]
 
+SAME_OPTIONS = "give the options that its run was started with"
 ADVICE = "The last checkpoint is good; go on from it with a lower --lr or --precision 32-true, or look at the data"
 
 
 class ModelTraining(LightningModule):
     """A module that trains `model`, which has a config, to step `max_steps`; subclasses set these and lr, final_lr and
-    warmup_steps (`fourdperf.train.schedule.learning_rate`)."""
+    warmup_steps (`fourdperf.train.schedule.learning_rate`).
+
+    PARTS: what decides, in words, on parts of the state that a run may have or not; by the beginnings of their names.
+    """
+
+    PARTS: Mapping[str, str] = {}
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint["model_config"] = self.model.config.to_dict()
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        ours, theirs = self.model.config.to_dict(), checkpoint.get("model_config")
-        if theirs is not None and theirs != ours:
-            different = [f"{name} {theirs.get(name)}" for name in ours if theirs.get(name) != ours[name]]
-            raise ValueError(f"--ckpt: its model has {', '.join(different)}; give the options its run was started with")
+        """Raises ValueError for the checkpoint of another model, or of a run with other parts or another optimiser."""
+        ours, theirs = self.model.config.to_dict(), checkpoint.get("model_config") or {}
+        # fields that are younger than the run are not compared
+        different = [f"{name} {theirs[name]}" for name in ours if name in theirs and theirs[name] != ours[name]]
+        if different:
+            raise ValueError(f"--ckpt: its model has {', '.join(different)}; {SAME_OPTIONS}")
+        different = self._other_parts(checkpoint)
+        if different:
+            raise ValueError(f"--ckpt: it differs in {', '.join(different)}; {SAME_OPTIONS}")
+
+    def _other_parts(self, checkpoint: dict) -> list[str]:
+        found = []
+        if "state_dict" in checkpoint:  # under FSDP it has been loaded before
+            states = self.state_dict(), checkpoint["state_dict"]
+            ours, theirs = ({name: x.shape for name, x in state.items()} for state in states)
+            for name in {**ours, **theirs}:
+                if ours.get(name) != theirs.get(name):
+                    found.append(next((what for part, what in self.PARTS.items() if name.startswith(part)), name))
+        muon = getattr(self, "optimizer", None) == "muon"
+        if any(("parts" in state) != muon for state in checkpoint.get("optimizer_states", ())[:1]):
+            found.append("--optimizer")
+        return list(dict.fromkeys(found))
 
     def seed_batch(self, number: int) -> None:
         """Torch's generators for batch `number` of this process, from the run's seed, so that a resumed run repeats an

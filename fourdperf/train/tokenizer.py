@@ -53,6 +53,8 @@ class TokenizerTraining(ModelTraining):
     A gradient that is not finite raises ValueError before anything has moved.
     """
 
+    PARTS = {"learner.": "--ema", "adversary.discriminator.": "the discriminator", "adversary.means": "--loss.lecam"}
+
     def __init__(
         self,
         model: Tokenizer | TiTok,

@@ -11,10 +11,9 @@ from torch.utils.data import Dataset
 
 from fourdperf.data.chart import line_chart
 from fourdperf.data.pictures import enlarge, label, side_by_side, stack, to_pixels
-from fourdperf.data.video import write_png
 from fourdperf.models.token_generator import TokenGenerator
 from fourdperf.models.tokenizers import decode
-from fourdperf.train.callbacks import RunPictures, curve_picture
+from fourdperf.train.callbacks import RunPictures, write_curves
 from fourdperf.train.functa_pictures import reconstructions_picture
 
 __all__ = ["GeneratorPictures", "TokenizerPictures", "samples_picture", "usage_picture"]
@@ -83,15 +82,6 @@ def samples_picture(model: TokenGenerator, tokenizer, names: tuple[str, ...], ge
     if len(names) > 1:
         panels = [label(panel, name) for panel, name in zip(panels, names)]
     return side_by_side(panels)
-
-
-def write_curves(out: Path, **columns: tuple[str, str]) -> None:
-    """`out`/NAME.png for each of these columns that the run's train.csv or val.csv has: name=(title, unit)."""
-    files = [path for path in (out / "train.csv", out / "val.csv") if path.exists()]
-    known = {name for path in files for name in path.read_text().partition("\n")[0].split(",")}
-    for name, (title, unit) in columns.items():
-        if name in known:
-            write_png(out / f"{name}.png", curve_picture(out, name, title, unit))
 
 
 def _panel(image: np.ndarray) -> np.ndarray:

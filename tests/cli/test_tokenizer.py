@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fourdperf.cli.main import main
+from fourdperf.cli.reconstruct_images import reconstructed
 from fourdperf.data.token_file import TokenFile
 from fourdperf.metrics.codecs import CODECS
 from fourdperf.models import titok, token_generator, tokenizer
@@ -23,7 +24,7 @@ COUNT, SIZE = 5, (16, 24)
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Folders of tokenizers, one as a run leaves it, and of a generator that fits the first."""
+    """Folders of tokenizers, one as a run leaves it, and of generators that fit the first, of which one notes that."""
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     made = {
@@ -38,6 +39,8 @@ def models(tmp_path_factory):
     }
     fields = {**TOKENS, "codebook_size": SEED["codebook_size"], "num_tokens": SEED["num_latents"]}
     made["generator"] = token_generator.TokenGenerator(token_generator.Config(**fields))
+    fields["tokenizer"] = fingerprint(made["seed"])
+    made["noted"] = token_generator.TokenGenerator(token_generator.Config(**fields))
     for name, model in made.items():
         model.save_pretrained(folder / name / "model" if name == "vq" else folder / name)
     return folder
@@ -152,6 +155,10 @@ def test_fingerprints_tell_models_and_not_copies_apart(models, tmp_path):
         (["reconstruct-images", "PICTURES"], "--models: wanted folders of tokenizers"),
         (["generate", "--generator=MODELS/generator", "--tokenizer=MODELS/vae"], "wanted one with codes, got a VAE"),
         (["generate", "--generator=MODELS/seed", "--tokenizer=MODELS/seed"], "expected a config with model 'token_gen"),
+        (
+            ["generate", "--generator=MODELS/noted", "--tokenizer=MODELS/other"],
+            "wanted the one whose codes were learned",
+        ),
         (["generate", "--tokenizer=MODELS/seed"], "--generator: wanted the folder"),
         (["generate", "--generator=MODELS/generator", "--tokenizer=MODELS/seed", "--classes", "7"], r"0 .. 2, got \[7"),
         (["evaluate", "tokenizer", "MODELS/stage1"], "got a TiTok of stage 1"),
@@ -186,6 +193,30 @@ def test_reconstructions_side_by_side_with_bytes_and_codecs(models, pictures, tm
     assert float(seed.split()[-3]) == 4  # 5 codes of 5 bits
     assert main([*command, f"--out={out}", "--codecs=false"]) == 0
     assert read(out).shape == (2 * 172 + 16, 3 * 192 + 2 * 4, 3)
+
+
+def test_the_psnr_is_that_of_the_picture_as_it_is_written(models):
+    model, image = load_tokenizer(models / "seed"), torch.randint(0, 256, (*SIZE, 3)) / 255
+    with torch.no_grad():
+        found = reconstructed(model, "seed", image)
+    error = np.square(found.image - 255.0 * image.double().numpy()).mean()
+    assert found.psnr == pytest.approx(20 * np.log10(255) - 10 * np.log10(error), rel=1e-6)
+
+
+def test_options_of_the_sampling_reach_the_generator(models, tmp_path, monkeypatch):
+    told, generate = {}, token_generator.TokenGenerator.generate
+
+    def noted(self, *arguments, **options):
+        told.update(options)
+        return generate(self, *arguments, **options)
+
+    monkeypatch.setattr(token_generator.TokenGenerator, "generate", noted)
+    command = ["generate", f"--generator={models / 'noted'}", f"--tokenizer={models / 'seed'}", "--count=1"]
+    given = {"steps": 2, "guidance": 1.5, "temperature": 0.5}
+    given |= {"schedule": "power-cosine", "guidance_power": 2.0, "anneal": True}
+    options = [f"--{name}={str(value).lower()}" for name, value in given.items()]
+    assert main([*command, *options, f"--out={tmp_path / 'out'}"]) == 0
+    assert {name: told[name] for name in given} == given
 
 
 def test_generated_images_follow_the_seed_and_decode_from_their_codes(models, tmp_path):

@@ -1,13 +1,15 @@
 """`fourdperf train tokenizer` and `token_generator` as commands: YAML, defaults, and models that start from others."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fourdperf.cli.main import main
-from fourdperf.cli.train_tokenizer import TINY
+from fourdperf.cli.train_tokenizer import TINY, _lightning, _network
 from fourdperf.models.image_mae import Config, ImageMAE
+from fourdperf.models.maskgit_vqgan import Config as VQGANConfig
 from fourdperf.models.tokenizers import FAMILIES, load_tokenizer
 from tests.train.tokenizer_runs import options, train, write_pictures
 
@@ -27,6 +29,41 @@ def test_default_sizes(family):
     found = model.eval()(torch.rand(1, 64, 64, 3))
     assert found.recon.shape == (1, 64, 64, 3) and found.encoded.indices.shape == (1, 32)
     assert sum(p.numel() for p in model.parameters()) < 5e6
+
+
+@pytest.mark.parametrize("stage", [None, "1"])
+def test_a_new_model_of_a_release_s_size_is_no_release(stage):
+    """Its encoder learns: there is no pixel decoder yet. A field that is given counts."""
+    fields = {"hidden_size": 16, "num_layers": 1, "num_heads": 2}
+    fields |= {"decoder_size": 16, "decoder_layers": 1, "decoder_heads": 2}
+    options = dict.fromkeys(("pretrained", "image_size", "init_encoder", "strategy"))
+    options |= {"family": "titok", "variant": "s128", "stage": stage, "model": fields}
+    vqgan = SimpleNamespace(config=VQGANConfig(codebook_size=12))
+    network, _ = _network(options, vqgan)
+    c = network.config
+    assert (c.num_latents, c.pixels, c.latent_layout) == (128, None, "token")
+    assert (c.target, c.target_codes) == (("codes", 12) if stage else ("pixels", 1024))
+    assert all(p.requires_grad for p in network.parameters())
+    network, _ = _network({**options, "model": {**fields, "latent_layout": "upstream"}}, vqgan)
+    assert network.config.latent_layout == "upstream"
+
+
+@pytest.mark.parametrize(
+    ("strategy", "devices", "adversary", "wanted"),
+    [
+        ("auto", 2, True, "ddp_find_unused_parameters_true"),
+        ("ddp", 1, True, "ddp_find_unused_parameters_true"),
+        ("auto", 1, True, "auto"),
+        ("auto", 2, False, "auto"),
+        ("fsdp", 2, True, "fsdp"),
+    ],
+)
+def test_strategies_know_that_the_discriminator_may_wait(strategy, devices, adversary, wanted):
+    options = {"strategy": strategy, "devices": devices, "num_nodes": 1}
+    module = SimpleNamespace(adversary=object() if adversary else None)
+    assert _lightning(options, module)["strategy"] == wanted
+    if strategy == "auto":
+        assert _lightning({**options, "devices": 1, "num_nodes": devices}, module)["strategy"] == wanted
 
 
 def test_yaml(data, tmp_path):

@@ -138,6 +138,15 @@ def test_shards_by_name_with_labels(tmp_path):
     assert sorted(numbers_of(train) + numbers_of(val)) == list(range(6)) and train.classes == ("0", "1", "2")
 
 
+def test_a_folder_of_hdf5(tmp_path):
+    """Of either suffix, beside what a kill left of a shard."""
+    write_h5(tmp_path / "a.h5", range(6))
+    write_h5(tmp_path / "b.hdf5", range(6, 10))
+    (tmp_path / ".train-000001.7.tmp.tar").write_bytes(b"cut off")
+    sets = [open_image_set(tmp_path, split, (8, 8)) for split in SPLITS]
+    assert sorted(sum(map(numbers_of, sets), [])) == list(range(10)) and sets[0].name == "hdf5"
+
+
 def test_hdf5_labels(tmp_path):
     write_h5(tmp_path / "test.h5", range(5), np.array([4, 3, 2, 1, 0]))
     dataset = open_image_set(tmp_path / "test.h5", "test", (8, 8))
@@ -272,6 +281,28 @@ def test_damaged_sources(tmp_path):
     (tmp_path / "e.txt").write_bytes(b"\xff\xfe\x00\x01")
     with pytest.raises(ValueError, match="e.txt: wanted a list of paths"):
         open_image_set(tmp_path / "e.txt", "train", (8, 8))
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_shards_that_end_too_soon(tmp_path, format):
+    """After a member, in a header, or at a header that is damaged: all of which tarfile takes for the end."""
+    path, ends = tmp_path / "a.tar", []
+    with tarfile.open(path, "w", format=format) as tar:
+        for i in range(9):
+            entry, content = tarfile.TarInfo(f"{'x' * 120 if i % 2 else 'é'}/{i}.png"), png(picture(i))
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+            ends.append(tar.offset)
+    whole = path.read_bytes()
+    damaged = bytearray(whole)
+    damaged[ends[4] + 150] ^= 1  # in the checksum
+    for content in (whole[: ends[4]], whole[: ends[8]], whole[: ends[4] + 100], bytes(damaged)):
+        path.write_bytes(content)
+        message = f"a.tar: corrupt or cut off at byte ({ends[4]}|{ends[8]}): wanted a header"
+        with pytest.raises(ValueError, match=message):
+            open_image_set(path, "train", (8, 8))
+    path.write_bytes(whole[: ends[8] + 1024])  # without the zeros that fill a record
+    assert len(open_image_set(path, "train", (8, 8))) == 7
 
 
 @pytest.mark.parametrize(

@@ -56,9 +56,15 @@ def test_labels_and_splits_of_a_folder(tmp_path):
             sorted((x.numpy().tobytes(), y) for x, y in (found[i] for i in range(len(found))))
             for found in (ours, theirs)
         ]
-        assert pairs[0] == pairs[1] and len(ours.classes) == 2
+        assert pairs[0] == pairs[1] and ours.classes == ("day", "night")
     assert not list((tmp_path / "out").glob("test-*"))
-    assert json.loads((tmp_path / "out" / "image_shards.json").read_text())["classes"] == ["day", "night"]
+    described = tmp_path / "out" / "image_shards.json"
+    assert json.loads(described.read_text())["classes"] == ["day", "night"]
+    described.write_text('{"classes": ["day"]}')  # of other shards
+    assert open_image_set(tmp_path / "out", "val", (8, 8)).classes == ("0", "1")
+    described.write_text("[]")
+    with pytest.raises(ValueError, match="image_shards.json: corrupt: no classes"):
+        open_image_set(tmp_path / "out", "val", (8, 8))
 
 
 def test_smaller_pictures(tmp_path):

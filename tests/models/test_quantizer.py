@@ -203,6 +203,18 @@ def test_two_processes(tmp_path):
         close(x, alone.state_dict()[name])
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_codes_of_any_integers(dtype):
+    """And of none of the codes, which is an error."""
+    quantizer, _ = quantizer_and_z()
+    indices = torch.tensor([[0, 8, 1], [1, 0, 3]])
+    assert torch.equal(quantizer.lookup(indices.to(dtype)), quantizer.lookup(indices))
+    assert quantizer.lookup(indices[:0]).shape == (0, 3, 4)
+    for wrong in (-1, 9):
+        with pytest.raises(ValueError, match=rf"indices: expected numbers in 0 .. 8, got {wrong} .. {wrong}"):
+            quantizer.lookup(torch.tensor([wrong]))
+
+
 def test_compiled():
     options = {"ema": 0.7, "restart": 2, "entropy_gamma": 1.0}
     (plain, _), (ours, _) = quantizer_and_z(**options), quantizer_and_z(**options)

@@ -336,8 +336,10 @@ def test_condition(name):
     close(mixed, torch.cat([none[:1], told[1:]]))
     places = ids == model.config.mask_id
     close(model(ids, classes, places=places), told[places])
+    close(model(ids.to(torch.int8), classes.to(torch.uint8)), told)
     for overrides, message in (
         ({"indices": ids[:, :4]}, r"indices: expected a tensor \(B, 6\)"),
+        ({"indices": ids + 12}, r"indices: expected numbers in 0 .. 11, got"),
         ({"classes": classes[:2]}, r"classes: expected integers \(3,\)"),
         ({"drop": classes}, r"drop: expected booleans \(3,\)"),
         ({"places": places.long()}, r"places: expected booleans \(3, .*got torch.int64"),

@@ -19,7 +19,7 @@ from tests.models.goldens import close
 pytest.importorskip("lightning")
 
 from fourdperf.train.callbacks import Checkpoints  # noqa: E402
-from fourdperf.train.image_mae import ImageMAETraining, guesses_picture  # noqa: E402
+from fourdperf.train.image_mae import ImageMAEPictures, ImageMAETraining, guesses_picture  # noqa: E402
 
 SIZES = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "decoder_size": 8, "decoder_layers": 1, "decoder_heads": 2}
 TINY = (
@@ -82,6 +82,15 @@ def test_only_the_patches_left_out_count():
     assert again.loss != found.loss
 
 
+def test_compiled_as_one_graph():
+    torch.compiler.reset()
+    model = make()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    found, wanted = (f(images(), noise()) for f in (compiled, model))
+    assert torch.equal(found.mask, wanted.mask) and found.loss.item() == pytest.approx(wanted.loss.item(), rel=1e-6)
+    close(found.recon, wanted.recon, 1e-6)
+
+
 def test_patches_and_pictures():
     model = make()
     close(model._picture(model._patches(images())), images())
@@ -138,6 +147,17 @@ def test_pictures():
     model = make()
     picture = guesses_picture(images().float(), model(images(), noise()), model.config.grid)
     assert picture.dtype == np.uint8 and picture.shape == (3 * (128 + 22) + 2 * 4, 3 * 192 + 2 * 4, 3)
+
+
+def test_runs_that_stop_before_there_is_a_curve(tmp_path):
+    pictures = ImageMAEPictures(tmp_path, [(torch.rand(16, 24, 3), 0)])
+    pictures.finish(None)
+    (tmp_path / "train.csv").write_text("step,loss\n")
+    pictures.finish(None)
+    assert [path.name for path in tmp_path.iterdir()] == ["train.csv"]
+    (tmp_path / "train.csv").write_text("step,loss\n1,0.5\n")
+    pictures.finish(None)
+    assert (tmp_path / "loss.png").exists()
 
 
 # Runs

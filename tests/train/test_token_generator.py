@@ -11,11 +11,13 @@ import torch
 import torch.nn.functional as F
 
 from fourdperf.cli.main import main
+from fourdperf.cli.train_token_generator import _items
 from fourdperf.data.token_file import Description, TokenWriter
 from fourdperf.models.tokenizer import Config as TokenizerConfig
 from fourdperf.models.tokenizer import Tokenizer
 from fourdperf.models.tokenizers import fingerprint, load_generator
 from fourdperf.train.checkpoint import read_run
+from tests.data.test_image_sets import picture, png, write_tar
 from tests.models.tokenizer_cases import SEED, TOKENS
 from tests.train.processes import ENVIRONMENT
 from tests.train.tokenizer_runs import write_pictures
@@ -129,6 +131,7 @@ def test_it_learns_what_the_class_tells(tokenizer, tokens, tmp_path, capsys):
 def test_what_a_run_leaves_behind(tokenizer, plain):
     model = load_generator(plain)
     assert (model.config.num_classes, model.config.num_tokens, model.config.codebook_size) == (2, 5, 20)
+    assert model.config.tokenizer == fingerprint(Tokenizer.from_pretrained(tokenizer))
     state = read_run(plain / "last.ckpt")["state_dict"]
     assert {name.partition(".")[0] for name in state} == {"model", "network"}  # and no tokenizer
     assert not torch.equal(state["model.head.weight"], state["network.head.weight"])
@@ -223,6 +226,16 @@ def test_tokens_of_another_tokenizer(tokens, tmp_path, capsys):
     torch.manual_seed(1)
     Tokenizer(TokenizerConfig(**SEED)).save_pretrained(tmp_path / "other")
     assert "and mean nothing to" in fails(capsys, tmp_path / "other", tmp_path / "run", f"--tokens={tokens}")
+
+
+def test_classes_of_both_splits(tokenizer, tokens, tmp_path, capsys):
+    for split, labels in (("train", (0, 1)), ("val", (0, 3))):
+        pictures = {f"{label}.png": png(picture(label)) for label in labels}
+        write_tar(tmp_path / f"{split}.tar", {**pictures, **{f"{label}.cls": b"%d" % label for label in labels}})
+    options = {"tokens": None, "data_path": str(tmp_path), "augment": False, "seed": 0}
+    assert _items(options, Tokenizer.from_pretrained(tokenizer))[2] == ("0", "1", "2", "3")
+    error = fails(capsys, tokenizer, tmp_path / "run", f"--tokens={tokens}", "--model.num_classes=2")
+    assert "--model.num_classes: wanted at least 3, as the pictures have, got 2" in error
 
 
 def test_nan_stops_the_run(tokenizer, data, tmp_path, capsys, monkeypatch):

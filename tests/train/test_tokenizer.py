@@ -12,9 +12,12 @@ from fourdperf.models.maskgit_vqgan import Config as VQGANConfig
 from fourdperf.models.maskgit_vqgan import MaskGITVQGAN
 from fourdperf.models.titok import TiTok
 from fourdperf.models.token_blocks import TokenEncoder
+from fourdperf.models.tokenizer import Config as TokenizerConfig
+from fourdperf.models.tokenizer import Tokenizer
 from fourdperf.models.tokenizers import load_tokenizer
 from fourdperf.train.checkpoint import read_run
 from tests.models.tokenizer_cases import PIXELS
+from tests.models.tokenizer_cases import SEED as SMALL_TOKENIZER
 from tests.models.tokenizer_cases import TITOK as SMALL_TITOK
 from tests.train.processes import kill_after_checkpoint
 from tests.train.tokenizer_runs import (
@@ -330,6 +333,44 @@ def test_bad_options(data, options, message, tmp_path, capsys):
 def test_checkpoint_of_another_model(data, plain, tmp_path, capsys):
     other = (f"--ckpt={plain / 'last.ckpt'}", "--model.codebook_size=17", *FULL)
     assert "its model has codebook_size 16; give the options" in fails(capsys, data, tmp_path / "run", *other)
+
+
+@pytest.mark.parametrize(
+    ("option", "named"),
+    [
+        ("--ema=0", "--ema"),
+        ("--discriminator=titok", "the discriminator"),
+        ("--loss.lecam=0", "--loss.lecam"),
+        ("--optimizer=muon", "--optimizer"),
+    ],
+)
+def test_checkpoint_of_another_run(data, plain, tmp_path, capsys, option, named):
+    error = fails(capsys, data, tmp_path / "run", f"--ckpt={plain / 'last.ckpt'}", *FULL, option)
+    assert f"--ckpt: it differs in {named}; give the options that its run was started with" in error
+
+
+def test_checkpoint_of_muon():
+    module = TokenizerTraining(TiTok(titok.Config(**SMALL_TITOK)), 1, weights=Weights())
+    with pytest.raises(ValueError, match="--ckpt: it differs in --optimizer; give the options"):
+        module.on_load_checkpoint({"optimizer_states": [{"parts": []}]})
+    module.on_load_checkpoint({"optimizer_states": [{"state": {}}], "model_config": {"num_latents": 5}})  # an older one
+
+
+def test_stages_that_start_from_another_kind_of_model(data, vqgan, tmp_path, capsys):
+    codes = {"target": "codes", "target_codes": 12}
+    models = {
+        "no TiTok": Tokenizer(TokenizerConfig(**SMALL_TOKENIZER)),
+        "one that learned pixels at once": TiTok(titok.Config(**SMALL_TITOK)),
+        "one of stage 2": TiTok(titok.Config(**SMALL_TITOK, **codes, pixels=PIXELS)),
+        "one of 13 codes": TiTok(titok.Config(**SMALL_TITOK, target="codes", target_codes=13)),
+    }
+    for number, (got, model) in enumerate(models.items()):
+        model.save_pretrained(tmp_path / str(number))
+        for stage in (1, 2):
+            more = (f"--stage={stage}", f"--target={vqgan}", f"--pretrained={tmp_path / str(number)}")
+            error = fails(capsys, data, tmp_path / "run", *more, family="titok")
+            wanted = f"a TiTok of stage 1 with the 12 codes of --target for --stage {stage}"
+            assert f"--pretrained: wanted {wanted}, got {got}: {tmp_path / str(number)}" in error
 
 
 def test_targets_that_do_not_fit(data, vqgan, tmp_path, capsys):
