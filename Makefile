@@ -1,4 +1,4 @@
-# `make demo` and `make test` need Python >= 3.10, a C++ compiler, and the network or a local index for pip.
+# `make demo` and `make test` need Python >= 3.11 (for JAX), GCC >= 11, and the network or a local index for pip.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(abspath $(VENV))/bin
@@ -28,7 +28,7 @@ sanitize: $(VENV)/.installed
 	BIN=$(BIN) bash tests/sanitize.sh
 
 $(VENV)/.installed: $(SOURCES)
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)  # needs Debian's python3-venv
 	$(PIP) install --quiet --editable ".[test]"
 	touch $@
 

@@ -2,6 +2,7 @@
 
 FOURDPERF_CUDA=auto|0|1      build the CUDA library: if a toolkit is found (auto), never (0), or fail without one (1)
 FOURDPERF_CUDA_ARCHS=80;90   compute capabilities, PTX of the last one is added (default 80;86;89;90)
+FOURDPERF_NATIVE=0           no native library and no compiler: everything on the eager backend
 FOURDPERF_SANITIZE=1         AddressSanitizer and UBSan build of the CPU library (see `make sanitize`)
 """
 
@@ -58,14 +59,14 @@ class CMakeBuild(build_ext):
             new.replace(ROOT / "fourdperf" / file.name)  # a running process keeps its old library
 
 
-def _flag(name):
-    return os.environ.get(f"FOURDPERF_{name}", "0") == "1"
+def _flag(name, default="0"):
+    return os.environ.get(f"FOURDPERF_{name}", default) == "1"
 
 
 setup(
     packages=[*find_packages(include=["fourdperf", "fourdperf.*"]), *FOLDERS],
     package_dir=FOLDERS,
-    package_data={"fourdperf": ["*.json", "*.so", "weights/**/*", "reconstruct/viewer.*"]},
-    ext_modules=[Extension("fourdperf._cpu", [])],
+    package_data={"fourdperf": ["weights/**/*", "reconstruct/viewer.*"]},
+    ext_modules=[Extension("fourdperf._cpu", [])] * _flag("NATIVE", "1"),
     cmdclass={"build_ext": CMakeBuild},
 )

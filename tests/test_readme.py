@@ -19,9 +19,16 @@ def test_examples_run(example):
 
 def test_commands_exist():
     from fourdperf.cli.main import COMMANDS
+    from fourdperf.cli.train import train
 
     shown = set(re.findall(r"^fourdperf (\w+)", README, re.MULTILINE))
     assert shown and shown <= set(COMMANDS)
+    trained = set(re.findall(r"fourdperf train ([\w.]+)", README)) | set(re.findall(r"\bniso\.[a-z]+_[a-z]+\b", README))
+    assert "niso.laplacian" in trained
+    for name in trained:
+        command = train
+        for word in name.split("."):
+            command = command[word]
     targets = set(re.findall(r"^make ([\w-]+)", README, re.MULTILINE))
     makefile = (ROOT / "Makefile").read_text()
     assert targets and all(f"\n{target}:" in makefile for target in targets)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,9 @@ def test_wheel_installs_and_works_in_an_empty_environment(tmp_path):
     environment |= {"PIP_CONSTRAINT": constraints, "PIP_BUILD_CONSTRAINT": constraints, "FOURDPERF_CUDA": "0"}
     run = lambda *command: subprocess.run(command, check=True, cwd=tmp_path, env=environment)
     run(sys.executable, "-m", "build", "--outdir", str(tmp_path), str(ROOT))
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sdist) as tar:  # nothing that was built here, or the wheel would not show that it builds
+        assert not [name for name in tar.getnames() if name.endswith((".so", "_build_info.json"))]
     (wheel,) = tmp_path.glob("*.whl")
     run(sys.executable, "-m", "venv", str(tmp_path / "empty"))
     python = str(tmp_path / "empty/bin/python")

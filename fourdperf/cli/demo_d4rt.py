@@ -9,6 +9,7 @@ import textwrap
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from fourdperf.cli import compare_d4rt
@@ -28,6 +29,7 @@ __all__ = ["d4rt"]
 
 TOLERANCE = 1e-4
 QUERIES = 2048
+LONGEST = 48  # frames of a video
 SHOWN = 256  # pixels of the clip for the eye; the model sees its own size
 DENSER = 2  # points per pixel of the model and axis
 FPS = 8.0
@@ -67,7 +69,7 @@ def d4rt(
     if scene < 0 or rounds < 0:
         raise ValueError(f"wanted --scene and --rounds of at least 0, got {scene} and {rounds}")
     synthetic = video is None
-    frames = None if synthetic else read_video(VideoReader(video, size=None))
+    frames = None if synthetic else _beginning(VideoReader(video, size=None))
     folder = weights or SHIPPED_WEIGHTS
     model = D4RT.from_pretrained(folder)
     out.mkdir(parents=True, exist_ok=True)
@@ -95,9 +97,9 @@ def d4rt(
     for table in compared.tables():
         print(table.text(), end="\n\n")
     print(compared.verdict())
-    worst = max(error.relative for error in compared.errors)
+    worst = max(error.relative for error in compared.errors if error.dtype == "float32")
     speed = f", {compared.measured[1].median / compared.measured[0].median:.1f}x as fast" if compared.measured else ""
-    parity = Table("JAX", ["", ""], [["against JAX", f"largest relative error of a layer {worst:.1e}{speed}"]])
+    parity = Table("JAX", ["", ""], [["against JAX, float32", f"largest relative error of a layer {worst:.1e}{speed}"]])
 
     rows = [row for table in (*tables, parity) for row in table.rows]
     title = f"Held-out synthetic scene {scene}" if synthetic else Path(video).name
@@ -110,6 +112,14 @@ def d4rt(
     for path in paths:
         print(f"  {path}")
     return int(compared.first_failure is not None)
+
+
+def _beginning(reader: VideoReader) -> np.ndarray:
+    """The first frames: there are as many tracks as pixels."""
+    frames = read_video(reader, slice(LONGEST))
+    if len(frames) == LONGEST:
+        print(f"the first {LONGEST} frames of {reader.path}; fourdperf reconstruct takes all of them")
+    return frames
 
 
 def _errors(model: D4RT, scene: Scene) -> Table:

@@ -77,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (ValueError, OSError, ImportError) as error:
             if debug:
                 raise
-            hint = "; pip install 'fourdperf[demo]' brings what every command needs" * isinstance(error, ImportError)
+            unsaid = isinstance(error, ImportError) and "pip install" not in str(error)
+            hint = "; pip install 'fourdperf[demo,train,shards]' brings what every command needs" * unsaid
             return _fail(f"fourdperf {name}", f"{error}{hint}")
 
 

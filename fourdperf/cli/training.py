@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import logging
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -136,6 +137,11 @@ def fit_run(
         trainer.fit(module, data, ckpt_path=options["ckpt"], weights_only=True)
     except (ValueError, OSError) as error:
         raise plain_error(error) from error
+    except SystemExit as stop:  # what Lightning makes of Ctrl-C
+        last = options["out"] / "last.ckpt"
+        then = f"go on with --ckpt {last}" if last.exists() else f"the first checkpoint is at {options['save_every']}"
+        print(f"stopped after step {trainer.global_step}; {then}", file=sys.stderr)
+        raise KeyboardInterrupt from stop
 
 
 def plain_error(error: Exception) -> Exception:

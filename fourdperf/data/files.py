@@ -9,6 +9,8 @@ import numpy as np
 
 __all__ = ["NpyWriter", "atomic_path", "output_folder", "require_h5py", "write_bytes", "write_text"]
 
+OTHER_WRITERS = ("PytorchStreamWriter", "SafetensorError")  # whose errors are no OSErrors
+
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
@@ -32,6 +34,10 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         # A failing write knows no name, or the temporary one; other errors here already say what they are about.
         if error.filename in (None, str(temporary), temporary) and error.errno is not None:
             raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error
+        raise
+    except Exception as error:
+        if any(writer in f"{type(error).__name__} {error}" for writer in OTHER_WRITERS):
+            raise OSError(f"cannot write {path}: {error} (is the disk full?)") from error
         raise
     finally:
         temporary.unlink(missing_ok=True)

@@ -13,7 +13,8 @@ KEYS = ("video", "depth_maps", "coords_uv", "t_src", "t_tgt", "t_cam", "gt_3d", 
 
 
 class Clips:
-    """Clips of synthetic scenes. ACCIDENT=kill:9 kills the process at the 9th item asked for, nan:9 spoils item 9."""
+    """Clips of synthetic scenes. ACCIDENT=kill:9 kills the process at the 9th item asked for, interrupt:9 is Ctrl-C
+    there, nan:9 spoils item 9."""
 
     def __init__(self):
         self.clips = SyntheticClips("train", 32, 4, (16, 16), scenes=COUNT)
@@ -27,6 +28,8 @@ class Clips:
         self.asked += 1
         if kind == "kill" and self.asked == int(number):
             os.kill(os.getpid(), signal.SIGKILL)
+        if kind == "interrupt" and self.asked == int(number):
+            raise KeyboardInterrupt
         clip = self.clips[index]
         if kind == "nan" and self.asked >= int(number):
             clip.video[0, 0, 0, 0] = torch.nan

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -246,16 +247,23 @@ def test_nan_stops_the_run_and_the_last_checkpoint_is_good(plain, tmp_path, caps
     assert curve(tmp_path) == curve(plain) and same_weights(tmp_path, plain)
 
 
-def test_full_disk_keeps_the_last_checkpoint(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("failure", "message"),
+    [
+        (OSError(28, "No space left on device"), "last.ckpt: No space left on device"),
+        (RuntimeError("[enforce fail at inline_container.cc] PytorchStreamWriter failed"), "is the disk full?"),
+    ],
+)
+def test_full_disk_keeps_the_last_checkpoint(failure, message, tmp_path, capsys, monkeypatch):
     assert train(OWN, "--max_steps=4", "--minutes=0", f"--out={tmp_path}") == 0
     before = (tmp_path / "last.ckpt").read_bytes()
 
     def full(*_, **__):
-        raise OSError(28, "No space left on device")
+        raise failure
 
     monkeypatch.setattr(torch, "save", full)
     error = fails(capsys, OWN, "--max_steps=4", f"--out={tmp_path}", f"--ckpt={tmp_path / 'last.ckpt'}")
-    assert "last.ckpt: No space left on device" in error
+    assert message in error and "last.ckpt" in error
     assert (tmp_path / "last.ckpt").read_bytes() == before
 
 
@@ -274,6 +282,17 @@ def test_curves_that_were_cut_off_at_their_first_line(plain, tmp_path, left):
         train(OWN, "--max_steps=9", "--accumulate_grad_batches=2", f"--out={run}", f"--ckpt={run / 'last.ckpt'}") == 0
     )
     assert [row["step"] for row in curve(run)] == ["9"]
+
+
+def test_interrupted(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("ACCIDENT", f"interrupt:{2 + 2 * 3 + 1}")
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        assert train(OWN, "--max_steps=8", "--save_every=1", f"--out={tmp_path}") == 130
+    finally:
+        signal.signal(signal.SIGINT, handler)  # Lightning ignores it from here on
+    shown = capsys.readouterr().err
+    assert "stopped after step " in shown and f"go on with --ckpt {tmp_path / 'last.ckpt'}" in shown
 
 
 def test_checkpoints_that_are_none(plain, tmp_path, capsys):
