@@ -90,6 +90,18 @@ def eager_why_not(*tensors) -> None:
     return None
 
 
+def wants_gradient(x: torch.Tensor) -> bool:
+    """Whether autograd, or a transform of torch.func at any level, follows `x`. Inside vmap a tensor itself says no."""
+    if not torch.is_grad_enabled():
+        return False
+    if torch._C._are_functorch_transforms_active():
+        while torch._C._functorch.is_functorch_wrapped_tensor(x):
+            if x.requires_grad:
+                return True
+            x = torch._C._functorch.get_unwrapped(x)
+    return x.requires_grad
+
+
 def _transform_why_not() -> str | None:
     """Which transformation going on right now reaches plain torch operations only."""
     if forward_ad._current_level >= 0:

@@ -46,6 +46,7 @@ from fourdperf.ops.backends import (
     eager_why_not,
     native_why_not,
     triton_why_not,
+    wants_gradient,
     where,
 )
 from fourdperf.ops.checks import FLOATS, check_choice, check_floating, require
@@ -345,7 +346,7 @@ def _triton_backward(*args):
 
 
 def _triton_why_not(video, *rest):
-    if video.is_cuda and video.requires_grad and torch.are_deterministic_algorithms_enabled():
+    if video.is_cuda and wants_gradient(video) and torch.are_deterministic_algorithms_enabled():
         return "its gradient of the video adds with atomics, and deterministic algorithms are asked for"
     return None
 

@@ -46,6 +46,7 @@ from fourdperf.ops.backends import (
     eager_why_not,
     native_why_not,
     triton_why_not,
+    wants_gradient,
     where,
 )
 from fourdperf.ops.checks import check_choice, check_floating, require
@@ -468,7 +469,7 @@ def polar_by_inverses(x, out, flip, special):
 
 
 def _gradient_why_not(x, special, gradient):
-    if gradient != "exact" and x.requires_grad and torch.is_grad_enabled():
+    if gradient != "exact" and wants_gradient(x):
         return "it has the exact gradient alone"
     return None
 

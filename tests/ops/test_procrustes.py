@@ -205,6 +205,14 @@ def test_regularized_vanishes_where_exact_is_finite():
     assert grads["regularized"].abs().max() == 0
 
 
+def test_regularized_through_vmap():
+    """A tensor that vmap maps says that it requires no gradient: native would give the exact one."""
+    x, weight = torch.eye(4, dtype=torch.float64).repeat(3, 1, 1).requires_grad_(), sample(4, 4)
+    loss = lambda x: (torch.vmap(lambda x: procrustes(x, gradient="regularized"))(x) * weight).sum()
+    assert torch.autograd.grad(loss(x), x)[0].abs().max() == 0
+    assert torch.func.grad(loss)(x).abs().max() == 0
+
+
 @pytest.mark.parametrize("shape", [(9, 4), (2, 3, 7, 3), (4, 7), (0, 3, 3), (2, 0, 0), (5, 0), (1, 1)])
 def test_shapes(shape):
     x = sample(*shape).requires_grad_()
