@@ -80,8 +80,8 @@ def native_why_not(*tensors) -> str | None:
 def triton_why_not(*tensors) -> str | None:
     """Why Triton kernels cannot take these tensors."""
     device = tensors[0].device.type
-    if device != "cuda" and not _triton_interprets():
-        return f"Triton kernels run on cuda (or with TRITON_INTERPRET=1), not on {device}"
+    if device != "cuda" and not (device == "cpu" and _triton_interprets()):
+        return f"Triton kernels run on cuda (on cpu with TRITON_INTERPRET=1), not on {device}"
     return _transform_why_not() or _triton_missing()
 
 

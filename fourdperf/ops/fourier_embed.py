@@ -53,7 +53,7 @@ from fourdperf.ops.backends import (
     triton_why_not,
     where,
 )
-from fourdperf.ops.checks import check_floating, require
+from fourdperf.ops.checks import autocasts, check_floating, require
 
 AXES = ("trig", "dim", "band")
 
@@ -117,7 +117,7 @@ def fourier_linear(
                 f"bias must have shape ({weight.shape[0]},) and the dtype and device of weight ({weight.dtype}, "
                 f"{x.device}), got {tuple(bias.shape)}, {bias.dtype}, {bias.device}"
             )
-    if torch.is_autocast_enabled(x.device.type) and weight.dtype != torch.float64:
+    if autocasts(x.device.type) and weight.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     args = x, frequencies, weight, bias

@@ -46,7 +46,7 @@ from fourdperf.ops.backends import (
     triton_why_not,
     where,
 )
-from fourdperf.ops.checks import check_choice, check_floating, check_same, require
+from fourdperf.ops.checks import check_choice, check_floating, check_same, no_autocast, require
 
 METRICS = ("l2", "cosine")
 SHORTEST = 1e-12  # what a code's length is taken for at least
@@ -119,7 +119,7 @@ def code_sums(x: torch.Tensor, indices: torch.Tensor, codes: int, *, backend: st
 def _quantize(search, take, z, codebook, metric):
     wide = _wide(z)
     rows = z.reshape(-1, z.shape[-1])
-    with torch.autocast(z.device.type, enabled=False):
+    with no_autocast(z.device.type):
         indices = search(rows.detach(), codebook.detach(), metric)
         found = take(codebook.to(wide), indices)
         rows = rows.to(wide)
@@ -145,7 +145,7 @@ def vector_quantize_eager(z, codebook, metric="l2"):
 
 def code_sums_eager(x, indices, codes):
     """The reference in plain torch: the sum is the gradient of a look-up."""
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x.device.type):
         sums = torch.ops.aten.embedding_dense_backward(x.to(_wide(x)), indices, codes, -1, False)
     return sums.to(x.dtype)
 

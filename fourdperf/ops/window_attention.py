@@ -57,7 +57,7 @@ from fourdperf.ops.backends import (
     triton_why_not,
     where,
 )
-from fourdperf.ops.checks import check_choice, check_floating, check_same, require
+from fourdperf.ops.checks import autocasts, check_choice, check_floating, check_same, no_autocast, require
 
 BORDERS = ("mask", "shift", "zero")
 _MOST = 2**20
@@ -131,7 +131,7 @@ def window_attention(
 def _autocast(q, tensors):
     """As torch's attention: everything but float64 goes to the dtype of an autocast that is on."""
     kind = q.device.type
-    if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind) or q.dtype == torch.float64:
+    if not autocasts(kind) or q.dtype == torch.float64:
         return q, tensors
     dtype = torch.get_autocast_dtype(kind)
     return q.to(dtype), {name: x.to(dtype) for name, x in tensors.items()}
@@ -168,7 +168,7 @@ def window_attention_eager(q, k, v, extra_k, extra_v, window, dilation, border, 
     keys = rows.shape[1] * columns.shape[1]
     index = (rows[:, None, :, None] * width + columns[None, :, None, :]).reshape(height * width, keys)
     inside = (rows_inside[:, None, :, None] & columns_inside[None, :, None, :]).reshape(height * width, 1, keys)
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q.device.type):
         k, v = (x.flatten(1, 2)[:, index] for x in (k, v))  # (frames, tokens, keys, heads, D)
         if extra_k is not None:
             k, v = (
