@@ -11,8 +11,9 @@ of the codebook as it is given, so normalise z and codebook for losses between d
 
 The lowest index wins where scores are equal. Scores are |c_k|^2 / 2 - z . c_k (the rest of the distance is the row's own),
 computed in float32, of bfloat16 and float16 inputs too: these give the very indices of their float32 copies. In the native
-and Triton kernels equal codes have equal scores wherever they stand; eager's are those of a matrix product. A score of NaN never wins: a code with NaN is never chosen; a row with NaN (or without any score below
-infinity) gets index 0, which usage counts, and its quantized row and the losses are NaN.
+and Triton kernels equal codes have equal scores wherever they stand; eager's are those of a matrix product. A score of NaN
+never wins: a code with NaN is never chosen; a row with NaN (or without any score below infinity) gets index 0, which usage
+counts. quantized is NaN where z is NaN or infinite, and the losses are then not finite.
 
 Derivatives: z through quantized and commitment, the codebook through the loss of that name; of any order (the indices are
 constants). Sums over the rows of a code are in the order of rows: deterministic, on CUDA too. Autocast changes nothing.

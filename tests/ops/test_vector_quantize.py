@@ -115,6 +115,18 @@ def test_nan_and_infinity(metric, dtype, target):
     assert alone.indices.tolist() == [0]
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_quantized_is_nan_where_z_is_not_finite(bad, target):
+    z, codebook = (x.float().to(target.device) for x in (whole(4, 3), whole(9, 3, seed=1)))
+    z[1, 2] = bad
+    found = vector_quantize(z, codebook, backend=target.backend)
+    wanted = codebook[found.indices]
+    wanted[1, 2] = torch.nan
+    torch.testing.assert_close(found.quantized, wanted, equal_nan=True, rtol=0, atol=0)
+    assert not found.commitment.isfinite() and not found.codebook.isfinite()
+    assert found.indices[1] == 0 or bad == torch.inf
+
+
 @pytest.mark.parametrize("shape", [(), (5,), (2, 3), (2, 1, 4), (0,), (2, 0, 3)])
 def test_shapes(shape, target):
     z, codebook = sample(*shape, 6).requires_grad_(), sample(9, 6, seed=1).requires_grad_()
@@ -314,10 +326,11 @@ def test_jax_ties_nan_and_chunks(backend):
     from fourdperf.jax import ops
 
     z, codebook = whole(9, 3, largest=9).float(), whole(2500, 3, largest=9, seed=1).float()
-    codebook[0], z[4, 1] = torch.nan, torch.nan
+    codebook[1], z[4, 1] = torch.nan, torch.nan
     wanted = vector_quantize(z, codebook, backend="native")
     found = ops.vector_quantize(z.numpy(), codebook.numpy(), backend=backend)
     assert np.array_equal(found.indices, wanted.indices) and np.array_equal(found.usage, wanted.usage)
+    assert np.array_equal(found.quantized, wanted.quantized, equal_nan=True) and np.isnan(found.quantized).sum() == 1
     empty = ops.vector_quantize(z[:0].numpy(), codebook.numpy(), backend=backend)
     assert empty.quantized.shape == (0, 3) and empty.commitment == 0
 
