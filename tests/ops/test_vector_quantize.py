@@ -335,6 +335,33 @@ def test_jax_ties_nan_and_chunks(backend):
     assert empty.quantized.shape == (0, 3) and empty.commitment == 0
 
 
+def test_jax_code_sums():
+    jax = pytest.importorskip("jax")
+    from fourdperf.jax import ops
+
+    x, indices = sample(20, 5, dtype=torch.float32), torch.randint(7, (20,), generator=torch.Generator().manual_seed(0))
+    far = indices.clone()
+    far[:3] = torch.tensor([-1, 7, 2**30])
+    for some in (indices, far):
+        wanted = code_sums(x, some, 7, backend="native")
+        found = ops.code_sums(x.numpy(), some.int().numpy(), 7)
+        np.testing.assert_allclose(found, wanted, atol=1e-6)
+    gradient = jax.grad(lambda x: jax.numpy.sin(ops.code_sums(x, indices.int().numpy(), 7)).sum())(x.numpy())
+    x.requires_grad_()
+    (wanted,) = torch.autograd.grad(code_sums(x, indices, 7).sin().sum(), x)
+    np.testing.assert_allclose(gradient, wanted, atol=1e-6)
+    assert ops.code_sums(jax.numpy.zeros((0, 5), "bfloat16"), jax.numpy.zeros(0, int), 7).dtype == "bfloat16"
+    for args, message in (
+        ((x[0], indices, 7), "x must have"),
+        ((x, indices[1:], 7), "N = 20"),
+        ((x, indices, 0), "codes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.code_sums(*(a.detach().numpy() if isinstance(a, torch.Tensor) else a for a in args))
+    with pytest.raises(ValueError, match="'ffi' cannot run: there is no native one"):
+        ops.code_sums(x.detach().numpy(), indices.numpy(), 7, backend="ffi")
+
+
 # ---- errors, and anything at all
 
 
