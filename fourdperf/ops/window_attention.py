@@ -41,6 +41,7 @@ Source: Hassani et al., "Neighborhood Attention Transformer", 2023; "Faster Neig
 """
 
 import math
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -138,9 +139,12 @@ def _autocast(q, tensors):
 
 
 def _pair(name, value):
-    pair = (value, value) if isinstance(value, int) else tuple(value)
+    try:
+        pair = tuple(map(operator.index, value if isinstance(value, Sequence) else (value, value)))
+    except TypeError:
+        pair = ()
     require(
-        len(pair) == 2 and all(isinstance(v, int) and 1 <= v <= _MOST for v in pair),
+        len(pair) == 2 and all(1 <= v <= _MOST for v in pair),
         f"{name} must be a whole number from 1 to 2^20, or two of them (along H, along W), got {value!r}",
     )
     return pair
