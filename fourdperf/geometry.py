@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fourdperf.ops.checks import no_autocast
+
 __all__ = [
     "Sim3",
     "distort",
@@ -37,7 +39,7 @@ def _full_precision(function: Callable) -> Callable:
     @functools.wraps(function)
     def wrapped(first, *args, **kwargs):
         device = (first if isinstance(first, Tensor) else first.rotation).device.type
-        with torch.autocast(device, enabled=False):
+        with no_autocast(device):
             return function(first, *args, **kwargs)
 
     return wrapped

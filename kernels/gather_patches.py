@@ -29,6 +29,8 @@ def _axis(u, length, size, MODE: tl.constexpr, COORDINATES: tl.constexpr, SHIFT:
     raw = u * scale
     if COORDINATES == 2:
         raw -= 0.5
+    if MODE != 2:
+        raw = tl.where(raw == raw, raw, 0.0)
     if SHIFT:
         low, high = (size // 2).to(dtype), (length - size + size // 2).to(dtype)
     else:
@@ -203,8 +205,9 @@ def points_backward_kernel(
         b_x += d * (above + f_y.to(ACC) * (below - above))
         b_y += d * ((v_10 + f_x.to(ACC) * below) - (v_00 + f_x.to(ACC) * above))
     dtype = p_d_points.dtype.element_ty
-    tl.store(p_d_points + 2 * n, s_x * tl.sum(b_x).to(dtype))
-    tl.store(p_d_points + 2 * n + 1, s_y * tl.sum(b_y).to(dtype))
+    # where the border holds the point there is no gradient, be the sum NaN or infinite
+    tl.store(p_d_points + 2 * n, tl.where(s_x == 0, 0.0, s_x * tl.sum(b_x).to(dtype)))
+    tl.store(p_d_points + 2 * n + 1, tl.where(s_y == 0, 0.0, s_y * tl.sum(b_y).to(dtype)))
 
 
 def _acc(video):

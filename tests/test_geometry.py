@@ -347,6 +347,11 @@ def test_autocast_changes_nothing():
         assert all(torch.equal(x, y) for x, y in zip(everything(), plain, strict=True))
 
 
+def test_on_meta():
+    pose = torch.empty(3, 4, 4, device="meta")
+    assert geometry.relative_pose(pose, pose).shape == (3, 4, 4)
+
+
 @pytest.mark.heavy
 def test_umeyama_compiles():
     points, target = normal(3, 9, 3).requires_grad_(), normal(3, 9, 3, seed=1)

@@ -59,13 +59,19 @@ template <class P>
 FOURDPERF_HOST_DEVICE PatchAxis<P> patch_axis(P u, int64_t length, int64_t size, PatchMode mode, Coordinates coordinates,
                                               PatchBorder border) {
   const P scale = coordinates == Coordinates::pixels ? P(1) : P(coordinates == Coordinates::corners ? length - 1 : length);
-  const P raw = coordinates == Coordinates::centers ? u * scale - P(0.5) : u * scale;
+  const P place = coordinates == Coordinates::centers ? u * scale - P(0.5) : u * scale;
+  const P raw = place == place || mode == PatchMode::bilinear ? place : P(0);
   const P low = P(border == PatchBorder::shift ? size / 2 : -size - 1);
   const P high = P(border == PatchBorder::shift ? length - size + size / 2 : length + size);
   const P p = raw < low ? low : raw > high ? high : raw;
   const P whole = mode == PatchMode::round ? rint(p) : floor(p);
   return {(whole == whole ? int64_t(whole) : 0) - size / 2, mode == PatchMode::bilinear ? p - whole : P(0),
           raw >= low && raw <= high ? scale : P(0)};
+}
+
+// d u for d p; nothing where the border holds the point, be d p NaN or infinite.
+template <class P> FOURDPERF_HOST_DEVICE P along(const PatchAxis<P>& axis, P d_p) {
+  return axis.slope == 0 ? P(0) : axis.slope * d_p;
 }
 
 FOURDPERF_HOST_DEVICE int64_t clamp_index(int64_t i, int64_t size) { return i < 0 ? 0 : i < size ? i : size - 1; }

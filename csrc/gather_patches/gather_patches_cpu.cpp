@@ -144,8 +144,8 @@ template <class T, class O, class P> void points_backward(const PatchArgs& a) {
         }
       }
       P* d_point = static_cast<P*>(a.d_points) + 2 * n;
-      d_point[0] = place.x.slope * P(reduce_add(d_x));
-      d_point[1] = place.y.slope * P(reduce_add(d_y));
+      d_point[0] = along(place.x, P(reduce_add(d_x)));
+      d_point[1] = along(place.y, P(reduce_add(d_y)));
     }
   }
 }

@@ -93,8 +93,8 @@ template <class T, class O, class P> __global__ void __launch_bounds__(kThreads,
     }
     if (threadIdx.x % 32 == 0) {
       P* to = static_cast<P*>(a.d_points) + 2 * n;
-      to[0] = place.x.slope * P(d_x);
-      to[1] = place.y.slope * P(d_y);
+      to[0] = along(place.x, P(d_x));
+      to[1] = along(place.y, P(d_y));
     }
   }
 }

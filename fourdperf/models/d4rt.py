@@ -52,6 +52,7 @@ from fourdperf.models.layers import (
     wide,
 )
 from fourdperf.ops import fourier_linear, gather_patches, linear_range, octaves, window_attention
+from fourdperf.ops.checks import no_autocast
 
 MODEL = "d4rt"
 
@@ -505,7 +506,7 @@ class D4RT(PretrainedModel):
         tokens = self.query_builder(queries, encoded.patch_video)
         tap(taps, "queries", tokens)
         tokens = self.decoder(tokens, encoded.memory, taps)
-        with torch.autocast(tokens.device.type, enabled=False):  # 8 bits would be too few for a position
+        with no_autocast(tokens.device.type):  # 8 bits would be too few for a position
             dtype = wide(self.head.weight.dtype)
             outputs = F.linear(tokens.to(dtype), self.head.weight.to(dtype), self.head.bias.to(dtype))
         tap(taps, "outputs", outputs)

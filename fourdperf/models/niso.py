@@ -21,6 +21,7 @@ Source: "Neural Isometries" (arXiv 2405.19296), "Vector Neurons" (arXiv 2104.122
 
 import dataclasses
 import math
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
@@ -33,6 +34,7 @@ from fourdperf.models.config import BaseConfig, check_choices, check_int, int_tu
 from fourdperf.models.layers import like, may_look, tap, wide
 from fourdperf.models.niso_nets import ConvDecoder, ConvEncoder, OrthogonalNet, SkipMLP
 from fourdperf.ops import procrustes
+from fourdperf.ops.checks import no_autocast
 
 MODEL = "niso"
 KINDS = ("autoencoder", "classifier", "pose")
@@ -506,5 +508,5 @@ def _is_finite(x: Tensor) -> bool:
     return not x.numel() or bool(torch.stack(x.detach().aminmax()).isfinite().all())
 
 
-def _full_precision(x: Tensor) -> torch.autocast:
-    return torch.autocast(x.device.type, enabled=False)
+def _full_precision(x: Tensor) -> AbstractContextManager:
+    return no_autocast(x.device.type)

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from fourdperf.models.layers import wide
 from fourdperf.models.token_blocks import check_codes
 from fourdperf.ops import code_sums, vector_quantize
+from fourdperf.ops.checks import no_autocast
 
 BETA_ON = ("commitment", "codebook")
 ENTROPY_TEMPERATURE = 0.01
@@ -111,7 +112,7 @@ class VectorQuantizer(nn.Module):
 
     def forward(self, z: Tensor) -> Quantized:
         """z `(.., C)`, floating; the search is in fp32 or wider, under autocast too."""
-        with torch.autocast(z.device.type, enabled=False):
+        with no_autocast(z.device.type):
             z = z.to(wide(z.dtype))
             rows = z.detach().flatten(0, -2)
             if self.training and self.restart is not None:

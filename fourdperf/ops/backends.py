@@ -80,14 +80,26 @@ def native_why_not(*tensors) -> str | None:
 def triton_why_not(*tensors) -> str | None:
     """Why Triton kernels cannot take these tensors."""
     device = tensors[0].device.type
-    if device != "cuda" and not _triton_interprets():
-        return f"Triton kernels run on cuda (or with TRITON_INTERPRET=1), not on {device}"
+    if device != "cuda" and not (device == "cpu" and _triton_interprets()):
+        return f"Triton kernels run on cuda (on cpu with TRITON_INTERPRET=1), not on {device}"
     return _transform_why_not() or _triton_missing()
 
 
 def eager_why_not(*tensors) -> None:
     """Plain torch runs everywhere."""
     return None
+
+
+def wants_gradient(x: torch.Tensor) -> bool:
+    """Whether autograd, or a transform of torch.func at any level, follows `x`. Inside vmap a tensor itself says no."""
+    if not torch.is_grad_enabled():
+        return False
+    if torch._C._are_functorch_transforms_active():
+        while torch._C._functorch.is_functorch_wrapped_tensor(x):
+            if x.requires_grad:
+                return True
+            x = torch._C._functorch.get_unwrapped(x)
+    return x.requires_grad
 
 
 def _transform_why_not() -> str | None:

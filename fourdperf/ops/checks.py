@@ -1,4 +1,6 @@
-"""Checks of arguments. Every message names the argument, says what was wanted and what came."""
+"""Checks of arguments, and of autocast. Every message names the argument, says what was wanted and what came."""
+
+import contextlib
 
 import torch
 
@@ -30,3 +32,13 @@ def check_same(name: str, x, other: str, y) -> None:
     """Tensors `x` and `y` must share dtype and device."""
     require(x.dtype == y.dtype, f"{name} must have the dtype of {other} ({y.dtype}), got {x.dtype}")
     require(x.device == y.device, f"{name} must be on the device of {other} ({y.device}), got {x.device}")
+
+
+def autocasts(kind: str) -> bool:
+    """Whether autocast is on for devices of this type; some, such as meta, have none."""
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def no_autocast(kind: str) -> contextlib.AbstractContextManager:
+    """Inside, products on devices of this type are in the dtype of their operands."""
+    return torch.autocast(kind, enabled=False) if autocasts(kind) else contextlib.nullcontext()

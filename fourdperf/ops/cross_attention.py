@@ -43,7 +43,7 @@ from fourdperf.ops.backends import (
     triton_why_not,
     where,
 )
-from fourdperf.ops.checks import check_floating, check_same, require
+from fourdperf.ops.checks import autocasts, check_floating, check_same, no_autocast, require
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -77,7 +77,7 @@ def cross_attention(
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_floating(name, x)
         require(x.ndim == 4, f"{name} must be (batch, tokens, heads, channels), got shape {tuple(x.shape)}")
-    if torch.amp.is_autocast_available(q.device.type) and torch.is_autocast_enabled(q.device.type):
+    if autocasts(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
     check_same("k", k, "q", q)
@@ -114,7 +114,7 @@ def cross_attention_eager(q, k, v, key_padding_mask=None, scale=None):
     """The reference in plain torch; arguments as in `cross_attention`. Builds the (B, H, Q, K) matrix."""
     dtype = q.dtype
     scale = max(q.shape[-1], 1) ** -0.5 if scale is None else scale
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q.device.type):
         q, k, v = (x.float() if dtype in _HALF else x for x in (q, k, v))
         if key_padding_mask is not None:  # padding may hold NaN
             k, v = (x.masked_fill(key_padding_mask[:, :, None, None], 0) for x in (k, v))

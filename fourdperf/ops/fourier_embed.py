@@ -53,7 +53,7 @@ from fourdperf.ops.backends import (
     triton_why_not,
     where,
 )
-from fourdperf.ops.checks import check_floating, require
+from fourdperf.ops.checks import autocasts, check_floating, require
 
 AXES = ("trig", "dim", "band")
 
@@ -117,7 +117,7 @@ def fourier_linear(
                 f"bias must have shape ({weight.shape[0]},) and the dtype and device of weight ({weight.dtype}, "
                 f"{x.device}), got {tuple(bias.shape)}, {bias.dtype}, {bias.device}"
             )
-    if torch.is_autocast_enabled(x.device.type) and weight.dtype != torch.float64:
+    if autocasts(x.device.type) and weight.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     args = x, frequencies, weight, bias
@@ -198,11 +198,21 @@ def _trig(embedding, x, frequencies):
 
 
 def _backward_eager(d_out, x, frequencies):
-    sines, cosines = _trig(fourier_embed_eager(x.to(frequencies.dtype), frequencies), x, frequencies)
+    return _gradients(d_out, fourier_embed_eager(x.to(frequencies.dtype), frequencies), x, frequencies)
+
+
+def _gradients(d_out, embedding, x, frequencies):
+    """Of x and frequencies, whose embedding this is."""
+    sines, cosines = _trig(embedding, x, frequencies)
     d_sin, d_cos = _trig(d_out, x, frequencies)
     d_angle = d_sin * cosines - d_cos * sines
     d_frequencies = (d_angle * x.to(frequencies.dtype)[..., None]).flatten(0, -2).sum(0)
     return (d_angle * frequencies).sum(-1).to(x.dtype), d_frequencies
+
+
+def _rows(x):
+    """(..., C) -> (N, C), also where C is 0 or no axis is in front."""
+    return x[None].flatten(0, -2)
 
 
 # ---- schema, fake, autograd, vmap
@@ -226,6 +236,11 @@ def _linear_fake(x, frequencies, weight, bias):
 
 def _save_inputs(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
+
+
+def _mapped_first(x, dim):
+    """x with the axis `dim` that vmap maps in front, and where it is now; None: there is none."""
+    return (x, None) if dim is None else (x.movedim(dim, 0), 0)
 
 
 def _ones_eager(x, frequencies, dtype):
@@ -298,7 +313,7 @@ def _define(suffix, launch_embed, launch_backward, launch_linear, launch_ones=No
     def linear_backward(ctx, d_out):
         x, frequencies, weight, bias = ctx.saved_tensors
         d_x = d_frequencies = d_weight = d_bias = None
-        rows = d_out.reshape(-1, d_out.shape[-1])
+        rows = _rows(d_out)
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
             d_embedding = (d_out @ weight).to(x.dtype)
             d_x, d_frequencies = backward(d_embedding, x, frequencies)
@@ -309,7 +324,7 @@ def _define(suffix, launch_embed, launch_backward, launch_linear, launch_ones=No
             embedding = (
                 ones(wide, frequencies, weight.dtype) if with_bias else embed(wide, frequencies).to(weight.dtype)
             )
-            both = embedding.reshape(-1, embedding.shape[-1]).T @ rows
+            both = _rows(embedding).T @ rows
             d_weight, d_bias = (both[:-1].T, both[-1]) if with_bias else (both.T, None)
         elif with_bias:
             d_bias = rows.sum(0)
@@ -325,13 +340,22 @@ def _define(suffix, launch_embed, launch_backward, launch_linear, launch_ones=No
             return torch.vmap(_ones_eager, in_dims)(x, frequencies, dtype), 0
         return ones(x.movedim(in_dims[0], 0), frequencies, dtype), 0
 
-    def backward_vmap(info, in_dims, *args):
-        return torch.vmap(_backward_eager, in_dims)(*args), (0, 0)  # frequencies have a gradient for each sample
+    def backward_vmap(info, in_dims, d_out, x, frequencies):
+        if in_dims[2] is not None:
+            return torch.vmap(_backward_eager, in_dims)(d_out, x, frequencies), (0, 0)
+        x, dim = _mapped_first(x, in_dims[1])
+        embedding = embed(x.to(frequencies.dtype), frequencies)
+        # the kernel would add up the frequencies' gradients of all samples
+        return torch.vmap(_gradients, (in_dims[0], dim, dim, None))(d_out, embedding, x, frequencies), (0, 0)
 
     def linear_vmap(info, in_dims, x, frequencies, weight, bias):
-        if any(dim is not None for dim in in_dims[1:]):
+        if in_dims[1] is not None:
             return torch.vmap(fourier_linear_eager, in_dims)(x, frequencies, weight, bias), 0
-        return linear(x.movedim(in_dims[0], 0), frequencies, weight, bias), 0
+        x, dim = _mapped_first(x, in_dims[0])
+        if in_dims[2] is None and in_dims[3] is None:
+            return linear(x, frequencies, weight, bias), 0
+        embedding = embed(x.to(frequencies.dtype), frequencies).to(weight.dtype)
+        return torch.vmap(F.linear, (dim, *in_dims[2:]))(embedding, weight, bias), 0
 
     embed = define(
         f"fourier_embed{suffix}(Tensor x, Tensor frequencies) -> Tensor",

@@ -17,7 +17,7 @@ border        'shift'      a patch that would reach outside is moved inside (fra
               'replicate'  the outermost pixel stands for those outside
 
 Positions are computed in float32 (float64 for float64 points), sums in float32 (float64 for a float64 video), with one
-rounding at the end. A NaN coordinate counts as 0 where it is rounded and gives NaN in mode 'bilinear'; infinities are clamped.
+rounding at the end. A NaN position counts as 0 where it is rounded and gives NaN in mode 'bilinear'; infinities are clamped.
 
 Derivatives: with respect to a floating video, and to the points in mode 'bilinear' (zero where the border holds them), first
 and second. Native code sums the video's gradient without atomics: it is deterministic on the CPU and on CUDA.
@@ -46,6 +46,7 @@ from fourdperf.ops.backends import (
     eager_why_not,
     native_why_not,
     triton_why_not,
+    wants_gradient,
     where,
 )
 from fourdperf.ops.checks import FLOATS, check_choice, check_floating, require
@@ -124,6 +125,7 @@ def _locate(u, length, size, mode, coordinates, border):
     """Index of a patch's first pixel (before clamping), and the fraction by which it lies beyond that."""
     scale = {"corners": length - 1, "pixels": 1}.get(coordinates, length)
     p = u * scale - 0.5 if coordinates == "centers" else u * scale
+    p = p if mode == "bilinear" else p.nan_to_num(0)
     low, high = (size // 2, length - size + size // 2) if border == "shift" else (-size - 1, length + size)
     p = p.clamp(low, high)
     whole = (p.round() if mode == "round" else p.floor()).detach()
@@ -345,7 +347,7 @@ def _triton_backward(*args):
 
 
 def _triton_why_not(video, *rest):
-    if video.is_cuda and video.requires_grad and torch.are_deterministic_algorithms_enabled():
+    if video.is_cuda and wants_gradient(video) and torch.are_deterministic_algorithms_enabled():
         return "its gradient of the video adds with atomics, and deterministic algorithms are asked for"
     return None
 

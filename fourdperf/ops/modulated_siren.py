@@ -50,6 +50,7 @@ from fourdperf.ops.backends import (
     eager_why_not,
     native_why_not,
     triton_why_not,
+    wants_gradient,
     where,
 )
 from fourdperf.ops.bilinear_sample import bilinear_sample_eager, sorted_by_cell
@@ -404,7 +405,7 @@ class _Triton:
 
 
 def _args_why_not(pre, map, xy, *rule):
-    return "it has no derivative with respect to xy" if xy.requires_grad and torch.is_grad_enabled() else None
+    return "it has no derivative with respect to xy" if wants_gradient(xy) else None
 
 
 BACKENDS = (

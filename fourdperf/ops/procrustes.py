@@ -46,9 +46,10 @@ from fourdperf.ops.backends import (
     eager_why_not,
     native_why_not,
     triton_why_not,
+    wants_gradient,
     where,
 )
-from fourdperf.ops.checks import check_choice, check_floating, require
+from fourdperf.ops.checks import check_choice, check_floating, no_autocast, require
 
 GRADIENTS = ("exact", "regularized")
 LARGEST_ON_GPU = 64  # of the kernels that hold a matrix in shared memory or in registers
@@ -86,7 +87,7 @@ def procrustes_eager(x, special=False, gradient="exact"):
     """The reference in plain torch: x (..., m, n) with m >= n."""
     if x.numel() == 0:
         return x * 1
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x.device.type):
         rule = _Reverse if torch.compiler.is_compiling() else _Eager
         return rule.apply(x.float() if x.dtype in _HALF else x, special, gradient == "exact")[0].to(x.dtype)
 
@@ -148,7 +149,7 @@ def _derivative(g, x, r, v, s, exact, solve=None):
     """dR along dx = g; also, since that map is its own adjoint, the gradient with respect to x where R receives g."""
     if solve is None:
         solve = _Solve.apply
-    with torch.autocast(g.device.type, enabled=False):
+    with no_autocast(g.device.type):
         h, p = r.mT @ x, r.mT @ g
         smallest = x.shape[-2] * torch.finfo(s.dtype).eps * s[..., :1, None]
         row, column = s[..., None, :], s[..., :, None]
@@ -223,7 +224,7 @@ def _inverse_context(ctx, inputs, output):
 
 def _inverse_backward(ctx, d_y):
     (y,) = ctx.saved_tensors
-    with torch.autocast(y.device.type, enabled=False):
+    with no_autocast(y.device.type):
         return -y @ d_y @ y, None
 
 
@@ -260,13 +261,14 @@ def _define(suffix, kernels):
 
     def forward(x, special):
         out, flip = _fake(x, special)
-        if x.numel() and x.shape[-2] == x.shape[-1]:
-            kernels.polar(x.contiguous(), out, flip, special)
-        elif x.numel():
-            q, t = torch.linalg.qr(x)
-            turn = torch.empty_like(t, memory_format=torch.contiguous_format)
-            kernels.polar(t.contiguous(), turn, flip, special)
-            torch.matmul(q, turn, out=out)
+        with no_autocast(x.device.type):  # an op defined here does not end it
+            if x.numel() and x.shape[-2] == x.shape[-1]:
+                kernels.polar(x.contiguous(), out, flip, special)
+            elif x.numel():
+                q, t = torch.linalg.qr(x)
+                turn = torch.empty_like(t, memory_format=torch.contiguous_format)
+                kernels.polar(t.contiguous(), turn, flip, special)
+                torch.matmul(q, turn, out=out)
         return out, flip
 
     def forward_solve(h, p, flip):
@@ -282,7 +284,7 @@ def _define(suffix, kernels):
 
     def backward(ctx, d_out, _):
         x, r, flip = ctx.saved_tensors
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x.device.type):
             p = r.mT @ d_out
             if x.shape[-2] == x.shape[-1]:
                 return r @ solve(r.mT @ x, p, flip), None
@@ -296,7 +298,7 @@ def _define(suffix, kernels):
 
     def backward_solve(ctx, d_y):
         h, flip, y = ctx.saved_tensors
-        with torch.autocast(h.device.type, enabled=False):
+        with no_autocast(h.device.type):
             d_p = solve(h, d_y, flip)
             return (d_p @ y + y @ d_p) / 2, d_p, None
 
@@ -468,7 +470,7 @@ def polar_by_inverses(x, out, flip, special):
 
 
 def _gradient_why_not(x, special, gradient):
-    if gradient != "exact" and x.requires_grad and torch.is_grad_enabled():
+    if gradient != "exact" and wants_gradient(x):
         return "it has the exact gradient alone"
     return None
 

@@ -42,7 +42,7 @@ from fourdperf.ops.backends import (
     triton_why_not,
     where,
 )
-from fourdperf.ops.checks import check_choice, check_floating, require
+from fourdperf.ops.checks import check_choice, check_floating, no_autocast, require
 
 METHODS = ("nearest", "linear", "cubic", "lanczos3", "lanczos5")
 LONGEST = 2**30  # positions are computed in whole numbers of 64 bits, products of two lengths among them
@@ -123,7 +123,7 @@ def _filter(x, method):
 def resize_eager(x, sizes, dims, method="cubic", antialias=True, adjoint=False):
     """The reference in plain torch: one small dense matrix per axis. `adjoint` applies its transpose."""
     y = x.float() if x.dtype in _HALF else x
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x.device.type):
         for size, dim in zip(sizes, dims):
             n = y.shape[dim]
             if size == 0 or n == 0:

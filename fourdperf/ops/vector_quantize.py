@@ -11,8 +11,9 @@ of the codebook as it is given, so normalise z and codebook for losses between d
 
 The lowest index wins where scores are equal. Scores are |c_k|^2 / 2 - z . c_k (the rest of the distance is the row's own),
 computed in float32, of bfloat16 and float16 inputs too: these give the very indices of their float32 copies. In the native
-and Triton kernels equal codes have equal scores wherever they stand; eager's are those of a matrix product. A score of NaN never wins: a code with NaN is never chosen; a row with NaN (or without any score below
-infinity) gets index 0, which usage counts, and its quantized row and the losses are NaN.
+and Triton kernels equal codes have equal scores wherever they stand; eager's are those of a matrix product. A score of NaN
+never wins: a code with NaN is never chosen; a row with NaN (or without any score below infinity) gets index 0, which usage
+counts. quantized is NaN where z is NaN or infinite, and the losses are then not finite.
 
 Derivatives: z through quantized and commitment, the codebook through the loss of that name; of any order (the indices are
 constants). Sums over the rows of a code are in the order of rows: deterministic, on CUDA too. Autocast changes nothing.
@@ -46,7 +47,7 @@ from fourdperf.ops.backends import (
     triton_why_not,
     where,
 )
-from fourdperf.ops.checks import check_choice, check_floating, check_same, require
+from fourdperf.ops.checks import check_choice, check_floating, check_same, no_autocast, require
 
 METRICS = ("l2", "cosine")
 SHORTEST = 1e-12  # what a code's length is taken for at least
@@ -119,7 +120,7 @@ def code_sums(x: torch.Tensor, indices: torch.Tensor, codes: int, *, backend: st
 def _quantize(search, take, z, codebook, metric):
     wide = _wide(z)
     rows = z.reshape(-1, z.shape[-1])
-    with torch.autocast(z.device.type, enabled=False):
+    with no_autocast(z.device.type):
         indices = search(rows.detach(), codebook.detach(), metric)
         found = take(codebook.to(wide), indices)
         rows = rows.to(wide)
@@ -145,7 +146,7 @@ def vector_quantize_eager(z, codebook, metric="l2"):
 
 def code_sums_eager(x, indices, codes):
     """The reference in plain torch: the sum is the gradient of a look-up."""
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x.device.type):
         sums = torch.ops.aten.embedding_dense_backward(x.to(_wide(x)), indices, codes, -1, False)
     return sums.to(x.dtype)
 

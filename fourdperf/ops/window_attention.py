@@ -41,6 +41,7 @@ Source: Hassani et al., "Neighborhood Attention Transformer", 2023; "Faster Neig
 """
 
 import math
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -57,7 +58,7 @@ from fourdperf.ops.backends import (
     triton_why_not,
     where,
 )
-from fourdperf.ops.checks import check_choice, check_floating, check_same, require
+from fourdperf.ops.checks import autocasts, check_choice, check_floating, check_same, no_autocast, require
 
 BORDERS = ("mask", "shift", "zero")
 _MOST = 2**20
@@ -131,16 +132,19 @@ def window_attention(
 def _autocast(q, tensors):
     """As torch's attention: everything but float64 goes to the dtype of an autocast that is on."""
     kind = q.device.type
-    if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind) or q.dtype == torch.float64:
+    if not autocasts(kind) or q.dtype == torch.float64:
         return q, tensors
     dtype = torch.get_autocast_dtype(kind)
     return q.to(dtype), {name: x.to(dtype) for name, x in tensors.items()}
 
 
 def _pair(name, value):
-    pair = (value, value) if isinstance(value, int) else tuple(value)
+    try:
+        pair = tuple(map(operator.index, value if isinstance(value, Sequence) else (value, value)))
+    except TypeError:
+        pair = ()
     require(
-        len(pair) == 2 and all(isinstance(v, int) and 1 <= v <= _MOST for v in pair),
+        len(pair) == 2 and all(1 <= v <= _MOST for v in pair),
         f"{name} must be a whole number from 1 to 2^20, or two of them (along H, along W), got {value!r}",
     )
     return pair
@@ -168,7 +172,7 @@ def window_attention_eager(q, k, v, extra_k, extra_v, window, dilation, border, 
     keys = rows.shape[1] * columns.shape[1]
     index = (rows[:, None, :, None] * width + columns[None, :, None, :]).reshape(height * width, keys)
     inside = (rows_inside[:, None, :, None] & columns_inside[None, :, None, :]).reshape(height * width, 1, keys)
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q.device.type):
         k, v = (x.flatten(1, 2)[:, index] for x in (k, v))  # (frames, tokens, keys, heads, D)
         if extra_k is not None:
             k, v = (

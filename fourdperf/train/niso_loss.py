@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fourdperf.geometry import relative_pose
 from fourdperf.models.layers import wide
 from fourdperf.models.niso import IsometricOperator, Related
+from fourdperf.ops.checks import no_autocast
 
 __all__ = [
     "classification_loss",
@@ -53,7 +54,7 @@ def multiplicity_loss(mask: Tensor) -> Tensor:
 
 def equivariance_loss(tau: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """l1 between coefficients `(B, k, D)` and what the rotation tau `(B, k, k)` makes of each other's."""
-    with torch.autocast(tau.device.type, enabled=False):
+    with no_autocast(tau.device.type):
         return l1(tau @ a, b) + l1(tau.mT @ b, a)
 
 
@@ -64,7 +65,7 @@ def contrast_loss(a: Tensor, b: Tensor) -> Tensor:
     (SimCLR, arXiv 2002.05709). Equivariance alone is best served by one Gram matrix for all things: between fields that
     share it there is always a rotation, and then no invariant tells one thing from another.
     """
-    with torch.autocast(a.device.type, enabled=False):
+    with no_autocast(a.device.type):
         x = torch.cat([a, b])
         gram = (x.mT @ x).flatten(1) / x.square().sum((-2, -1)).clamp(min=TINY)[:, None]
         gram = F.normalize(gram - gram.mean(0), eps=TINY)

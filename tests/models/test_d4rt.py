@@ -399,6 +399,16 @@ def test_variants():
         assert config.decoder_size // config.decoder_heads == 64 and 6 <= config.decoder_layers <= 8
 
 
+@pytest.mark.parametrize("name", ["paper", "window", "seed"])
+def test_on_meta(name):
+    """Shapes alone, as a plan of memory wants them: a device without kernels and without autocast."""
+    model = build(name).to("meta")
+    inputs = clip(model)
+    queries = Queries(*(x.to("meta") for x in inputs["queries"]))
+    answers = model(inputs["video"].to("meta"), queries, inputs["aspect_ratio"].to("meta"))
+    assert answers.xyz.is_meta and answers.xyz.shape == (*queries.t_src.shape, 3)
+
+
 @pytest.mark.parametrize("name", ["global, joint positions", "seed"])
 @pytest.mark.parametrize("dtype", [None, torch.float16], ids=str)
 def test_saved_and_loaded(tmp_path, name, dtype):

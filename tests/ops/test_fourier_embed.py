@@ -202,6 +202,20 @@ def test_empty(shape, bands, target):
     assert fourier_linear(x, f, weight[:0], bias[:0], backend=target.backend).shape == (shape[0], 0)
 
 
+@pytest.mark.parametrize(
+    "shape, bands, features", [((4, 2), 3, 0), ((4, 0), 3, 5), ((4, 2), 0, 5), ((0, 2), 3, 5), ((2,), 3, 0)], ids=str
+)
+def test_gradients_of_an_empty_layer(shape, bands, features, target):
+    shapes = shape, (bands,), (features, 2 * shape[-1] * bands), (features,)
+    leaves = [torch.ones(s, device=target.device, requires_grad=True) for s in shapes]
+    for args in (leaves, leaves[:3]):
+        out = fourier_linear(*args, backend=target.backend)
+        assert out.shape == (*shape[:-1], features)
+        grads = torch.autograd.grad(out.sum(), args)
+        assert [g.shape for g in grads] == list(shapes[: len(args)]) and not any(g.any() for g in grads[:3])
+        assert len(args) == 3 or (grads[3] == math.prod(shape[:-1])).all()
+
+
 @pytest.mark.parametrize("backend", ["native", "triton"])
 def test_derivatives_and_registration(backend):
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -289,6 +303,23 @@ def test_transforms(backend):
     if backend != "eager":
         with pytest.raises(ValueError, match="no forward-mode derivative"):
             torch.func.jvp(lambda x: embed(x, f), (x,), (x,))
+
+
+def test_samples_have_the_exact_angles_too(target):
+    """Gradients and layers of each sample through vmap; angles rounded as eager rounds them err a hundred times as much."""
+    x, f = torch.rand(3, 5, 2, generator=torch.Generator().manual_seed(0)), octaves(12)
+    d_out, weights = sample((5, 48), torch.float32, 1), sample((3, 7, 48), torch.float32, 2)
+    x, f, d_out, weights = (t.to(target.device) for t in (x, f, d_out, weights))
+
+    def everything(x, f, d_out, weights, backend):
+        loss = lambda x, f: (fourier_embed(x, f, backend=backend) * d_out).sum()
+        layer = lambda weight: fourier_linear(x[0], f, weight, backend=backend)
+        return *torch.vmap(torch.func.grad(loss, (0, 1)), (0, None))(x, f), torch.vmap(layer)(weights)
+
+    ours = everything(x, f, d_out, weights, target.backend)
+    exact = everything(*(t.double() for t in (x, f, d_out, weights)), "eager")
+    for a, b in zip(ours, exact):
+        assert (a.double() - b).abs().max() <= 1e-5 * b.abs().max()
 
 
 @pytest.mark.parametrize("backend", ["jnp", "ffi"])

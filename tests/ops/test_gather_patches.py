@@ -164,6 +164,30 @@ def test_points_anywhere(mode, target):
         assert mode == "bilinear" or results[0].isfinite().all()
 
 
+@pytest.mark.parametrize("mode", ["round", "floor"])
+@borders
+def test_nan_is_rounded_as_zero(mode, border, target):
+    video = sample((1, 1, 6, 8, 2), torch.float32).to(target.device)
+    points = torch.tensor([[[torch.nan, torch.nan], [0, 0], [torch.nan, 0.5], [0, 0.5]]], device=target.device)
+    t = torch.zeros(1, 4, dtype=torch.long, device=target.device)
+    for backend in (target.backend, "eager"):
+        patches = gather_patches(video, t, points, 5, mode=mode, border=border, backend=backend)
+        assert torch.equal(patches[:, ::2], patches[:, 1::2])
+
+
+@pytest.mark.parametrize("nan_in", ["video", "d_out"])
+@borders
+def test_nan_moves_no_point_that_the_border_holds(nan_in, border, target):
+    video, d_out = torch.ones(1, 1, 6, 8, 2, device=target.device), torch.ones(1, 2, 3, 3, 2, device=target.device)
+    (video if nan_in == "video" else d_out).fill_(torch.nan)
+    points = torch.tensor([[[-9, 0.5], [0.4, 9]]], device=target.device, requires_grad=True)
+    t = torch.zeros(1, 2, dtype=torch.long, device=target.device)
+    for backend in (target.backend, "eager"):
+        patches = gather_patches(video, t, points, 3, mode="bilinear", border=border, backend=backend)
+        ((of_left, of_below),) = torch.autograd.grad(patches, points, d_out)[0]
+        assert of_left[0] == 0 and of_left[1].isnan() and of_below[0].isnan() and of_below[1] == 0
+
+
 def test_nan_in_the_gradient_stays_in_its_pixel(target):
     video = torch.zeros(1, 1, 9, 9, 1, device=target.device, requires_grad=True)
     points = torch.full((1, 1, 2), 0.5, device=target.device)
@@ -283,6 +307,21 @@ def test_jax(backend, mode, border):
             assert np.allclose(ours, theirs, rtol=1e-3, atol=1e-3 * np.abs(theirs).max())
         d_points = jax.grad(lambda points: run(jnp.asarray(byte.numpy()), points).sum())(arrays[1])
         assert np.isfinite(d_points).all() and np.abs(d_points).max() > 0
+
+
+@pytest.mark.parametrize("backend", ["jnp", "ffi"])
+@borders
+def test_jax_nan(backend, border):
+    jnp, jax = pytest.importorskip("jax.numpy"), pytest.importorskip("jax")
+    from fourdperf.jax.ops import gather_patches as jax_gather
+
+    video, t = jnp.asarray(sample((1, 1, 6, 8, 2), torch.float32).numpy()), jnp.zeros((1, 2), int)
+    patches = jax_gather(video, t, jnp.asarray([[[jnp.nan, 0.5], [0, 0.5]]]), 5, border=border, backend=backend)
+    assert np.array_equal(patches[:, 0], patches[:, 1])
+    run = lambda points: jax_gather(video, t, points, 3, mode="bilinear", border=border, backend=backend)
+    out, pullback = jax.vjp(run, jnp.asarray([[[-9, 0.5], [0.4, 9]]]))
+    (d_points,) = pullback(jnp.full_like(out, jnp.nan))
+    assert np.array_equal(d_points, [[[0, np.nan], [np.nan, 0]]], equal_nan=True)
 
 
 def test_threads_change_nothing():

@@ -326,6 +326,18 @@ def test_points_that_want_a_gradient_go_to_eager(rule):
         assert torch.allclose(modulated_sine(pre, map, xy, **rule, backend="native"), out, atol=1e-12)
 
 
+def test_points_that_want_a_gradient_through_vmap_go_to_eager():
+    pre, map, xy = sample((3, 2, 7, 6)), sample((3, 2, 4, 5, 6), seed=2), torch.rand(3, 7, 2, dtype=torch.float64)
+
+    def d_xy(backend):
+        sine = functools.partial(modulated_sine, omega=2.0, mode="bilinear", backend=backend)
+        return torch.func.grad(lambda xy: torch.vmap(sine)(pre, map, xy).sum())(xy)
+
+    assert torch.equal(d_xy(None), d_xy("eager")) and d_xy(None).abs().max() > 0
+    with pytest.raises(ValueError, match="native.* no derivative with respect to xy"):
+        d_xy("native")
+
+
 def test_threads_change_nothing():
     before, results = torch.get_num_threads(), []
     cases = [((1, 300, 50), (1, 3, 4)), ((3, 40, 130), (3, 1, 1)), ((5, 100, 16), (5, 4, 4))]

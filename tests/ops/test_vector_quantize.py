@@ -115,6 +115,18 @@ def test_nan_and_infinity(metric, dtype, target):
     assert alone.indices.tolist() == [0]
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_quantized_is_nan_where_z_is_not_finite(bad, target):
+    z, codebook = (x.float().to(target.device) for x in (whole(4, 3), whole(9, 3, seed=1)))
+    z[1, 2] = bad
+    found = vector_quantize(z, codebook, backend=target.backend)
+    wanted = codebook[found.indices]
+    wanted[1, 2] = torch.nan
+    torch.testing.assert_close(found.quantized, wanted, equal_nan=True, rtol=0, atol=0)
+    assert not found.commitment.isfinite() and not found.codebook.isfinite()
+    assert found.indices[1] == 0 or bad == torch.inf
+
+
 @pytest.mark.parametrize("shape", [(), (5,), (2, 3), (2, 1, 4), (0,), (2, 0, 3)])
 def test_shapes(shape, target):
     z, codebook = sample(*shape, 6).requires_grad_(), sample(9, 6, seed=1).requires_grad_()
@@ -314,12 +326,40 @@ def test_jax_ties_nan_and_chunks(backend):
     from fourdperf.jax import ops
 
     z, codebook = whole(9, 3, largest=9).float(), whole(2500, 3, largest=9, seed=1).float()
-    codebook[0], z[4, 1] = torch.nan, torch.nan
+    codebook[1], z[4, 1] = torch.nan, torch.nan
     wanted = vector_quantize(z, codebook, backend="native")
     found = ops.vector_quantize(z.numpy(), codebook.numpy(), backend=backend)
     assert np.array_equal(found.indices, wanted.indices) and np.array_equal(found.usage, wanted.usage)
+    assert np.array_equal(found.quantized, wanted.quantized, equal_nan=True) and np.isnan(found.quantized).sum() == 1
     empty = ops.vector_quantize(z[:0].numpy(), codebook.numpy(), backend=backend)
     assert empty.quantized.shape == (0, 3) and empty.commitment == 0
+
+
+def test_jax_code_sums():
+    jax = pytest.importorskip("jax")
+    from fourdperf.jax import ops
+
+    x, indices = sample(20, 5, dtype=torch.float32), torch.randint(7, (20,), generator=torch.Generator().manual_seed(0))
+    far = indices.clone()
+    far[:3] = torch.tensor([-1, 7, 2**30])
+    for some in (indices, far):
+        wanted = code_sums(x, some, 7, backend="native")
+        found = ops.code_sums(x.numpy(), some.int().numpy(), 7)
+        np.testing.assert_allclose(found, wanted, atol=1e-6)
+    gradient = jax.grad(lambda x: jax.numpy.sin(ops.code_sums(x, indices.int().numpy(), 7)).sum())(x.numpy())
+    x.requires_grad_()
+    (wanted,) = torch.autograd.grad(code_sums(x, indices, 7).sin().sum(), x)
+    np.testing.assert_allclose(gradient, wanted, atol=1e-6)
+    assert ops.code_sums(jax.numpy.zeros((0, 5), "bfloat16"), jax.numpy.zeros(0, int), 7).dtype == "bfloat16"
+    for args, message in (
+        ((x[0], indices, 7), "x must have"),
+        ((x, indices[1:], 7), "N = 20"),
+        ((x, indices, 0), "codes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.code_sums(*(a.detach().numpy() if isinstance(a, torch.Tensor) else a for a in args))
+    with pytest.raises(ValueError, match="'ffi' cannot run: there is no native one"):
+        ops.code_sums(x.detach().numpy(), indices.numpy(), 7, backend="ffi")
 
 
 # ---- errors, and anything at all

@@ -407,6 +407,8 @@ def test_threads_change_nothing():
         (lambda q: window_attention(q[0, 0], q[0, 0], q[0, 0], 3), r"q must be \(B..., H, W, heads, D\)"),
         (lambda q: window_attention(q, q, q, 0), "window must be a whole number from 1 to 2\\^20"),
         (lambda q: window_attention(q, q, q, (3, 3, 3)), "window must be a whole number"),
+        (lambda q: window_attention(q, q, q, 7.0), "window must be a whole number .* got 7.0"),
+        (lambda q: window_attention(q, q, q, (3, 3.0)), "window must be a whole number"),
         (lambda q: window_attention(q, q, q, 3, dilation=(1, 0)), "dilation must be a whole number"),
         (
             lambda q: window_attention(q, q, q, 3, border="reflect"),
@@ -441,6 +443,19 @@ def test_threads_change_nothing():
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call(torch.zeros(2, 4, 5, 2, 8))
+
+
+def test_whole_numbers_of_numpy():
+    jnp = pytest.importorskip("jax.numpy")
+    from fourdperf.jax.ops import window_attention as jax_window_attention
+
+    q, array = sample((4, 5, 2, 8), torch.float32), np.ones((4, 5, 2, 8), np.float32)
+    for window in (np.int64(3), [np.int32(3), 3]):
+        assert torch.equal(window_attention(q, q, q, window), window_attention(q, q, q, 3))
+        assert jnp.allclose(jax_window_attention(array, array, array, window), array)
+    for window in (7.0, (3, 3.0)):
+        with pytest.raises(ValueError, match="window must be a whole number"):
+            jax_window_attention(array, array, array, window)
 
 
 def test_every_backend_says_why_not():

@@ -14,11 +14,12 @@ from fourdperf.jax.ops.gather_patches import gather_patches
 from fourdperf.jax.ops.modulated_siren import modulated_sine, modulated_siren
 from fourdperf.jax.ops.procrustes import procrustes
 from fourdperf.jax.ops.resize import resize
-from fourdperf.jax.ops.vector_quantize import vector_quantize
+from fourdperf.jax.ops.vector_quantize import code_sums, vector_quantize
 from fourdperf.jax.ops.window_attention import window_attention
 
 __all__ = [
     "bilinear_sample",
+    "code_sums",
     "cross_attention",
     "fourier_columns",
     "fourier_embed",

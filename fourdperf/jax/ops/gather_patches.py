@@ -69,8 +69,9 @@ def gather_patches(
 def _locate(u, length, size, mode, coordinates, border):
     scale = {"corners": length - 1, "pixels": 1}.get(coordinates, length)
     p = u * scale - 0.5 if coordinates == "centers" else u * scale
+    p = p if mode == "bilinear" else jnp.nan_to_num(p)
     low, high = (size // 2, length - size + size // 2) if border == "shift" else (-size - 1, length + size)
-    p = jnp.clip(p, low, high)
+    p = jnp.where((p >= low) & (p <= high), p, jax.lax.stop_gradient(jnp.clip(p, low, high)))
     whole = jax.lax.stop_gradient(jnp.round(p) if mode == "round" else jnp.floor(p))
     return jnp.nan_to_num(whole, nan=0.0).astype(jnp.int32) - size // 2, p - whole
 

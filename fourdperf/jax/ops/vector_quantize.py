@@ -59,6 +59,22 @@ def vector_quantize(
     )
 
 
+def code_sums(x: jax.Array, indices: jax.Array, codes: int, *, backend: str | None = None) -> jax.Array:
+    """Sums of the rows of `x` by their code: x (N, C), indices (N) integers -> (codes, C). Indices of no code are left out."""
+    x, indices = jnp.asarray(x), jnp.asarray(indices)
+    if x.ndim != 2 or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x must have shape (N, C), floating, got {x.shape}, {x.dtype}")
+    if indices.shape != x.shape[:1] or not jnp.issubdtype(indices.dtype, jnp.integer):
+        raise ValueError(
+            f"indices must have shape (N,) with N = {x.shape[0]}, of integers, got {indices.shape}, {indices.dtype}"
+        )
+    if codes < 1:
+        raise ValueError(f"codes must be at least 1, got {codes}")
+    choose("code_sums", "there is no native one for JAX", backend)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return jax.ops.segment_sum(x.astype(wide), indices, codes).astype(x.dtype)
+
+
 # ---- jnp
 
 

@@ -77,11 +77,10 @@ def window_attention(
 
 def _pair(name, value):
     try:
-        whole = operator.index(value)
-        pair = (whole, whole)
+        pair = tuple(map(operator.index, value if isinstance(value, Sequence) else (value, value)))
     except TypeError:
-        pair = tuple(value)
-    if len(pair) != 2 or not all(isinstance(v, int) and 1 <= v <= _MOST for v in pair):
+        pair = ()
+    if len(pair) != 2 or not all(1 <= v <= _MOST for v in pair):
         raise ValueError(
             f"{name} must be a whole number from 1 to 2^20, or two of them (along H, along W), got {value!r}"
         )
