@@ -119,7 +119,7 @@ def fit_run(
     options to options.json."""
     if trainer.is_global_zero:
         print(*told, sep="\n")
-        if options["ckpt"] is None:
+        if options["ckpt"] is None or not (options["out"] / "options.json").exists():
             plain = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
             write_text(options["out"] / "options.json", json.dumps(plain, indent=2) + "\n")
     try:
