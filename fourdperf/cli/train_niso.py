@@ -56,7 +56,7 @@ EXPERIMENTS = {
     "shrec_encode": Experiment(SMALL, LARGE, {"lr": 1e-3, "max_steps": 1200, "batch_size": 8}),
     "shrec_pred": Experiment(HEAD, {}, {"lr": 2e-3, "max_steps": 1000, "batch_size": 16}),
     "pose_encode": Experiment(
-        {**SMALL, "latent_channels": 128, "op_dim": 64}, POSES, {"lr": 3e-3, "max_steps": 1500, "batch_size": 8}
+        {**SMALL, "latent_channels": 128, "op_dim": 64}, POSES, {"lr": 3e-3, "max_steps": 2000, "batch_size": 8}
     ),
     "pose_pred": Experiment(
         {"head_features": 128, "head_layers": 4}, {"head_layers": 6}, {"lr": 1e-3, "max_steps": 3000, "batch_size": 8}

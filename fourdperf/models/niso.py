@@ -39,7 +39,7 @@ KINDS = ("autoencoder", "classifier", "pose")
 GRADIENTS = ("exact", "regularized")
 HEAD_INPUTS = ("tau", "motion")
 WINDOWS = 6  # each way over the grid, in which motion is read from tau
-WINDOW_WIDTH = 0.7  # their standard deviation, in terms of the distance between them
+WINDOW_WIDTH = 0.7  # their standard deviation over their distance
 STILL = (1.0, 0, 0, 0, 1, 0, 0, 0, 0)  # the identity's nine numbers
 MASS_FLOOR = 1e-8
 LENGTH_FLOOR = 1e-8  # of the squared length of what is made a unit vector
@@ -264,11 +264,11 @@ class IsometricOperator(nn.Module):
         return self.align(self.project(a, basis), self.project(b, basis), basis)
 
     def motion(self, tau: Tensor, basis: Basis, grid: tuple[int, int]) -> Tensor:
-        """How far rotations tau `(.., k, k)` move windows on the grid, down and across: `(.., 2, W)`, of a grid of
-        length 2.
+        """How far rotations tau `(.., k, k)` move windows on the grid, down and across, over the windows' distance:
+        `(.., 2, W)`.
 
         Of a window g around c, with coefficients a, it is <(x - c) g, tau a - tau^T a> / <a, a>: about d for a map that
-        moves everything by a d within the window's width. tau^T, which is tau back in time, has the opposite motion.
+        moves everything by a d that is less than a window. tau^T, which is tau back in time, has the opposite motion.
         """
         windows, offsets = gaussian_windows(grid, basis.functions)
         a, q = self.project(windows, basis), self.project(offsets, basis)
@@ -292,15 +292,15 @@ def _product(matrix: Tensor, x: Tensor) -> Tensor:
     return matrix.expand(*x.shape[:-2], *matrix.shape) @ x.to(matrix.dtype)
 
 
-def gaussian_windows(grid: tuple[int, int], like: Tensor) -> tuple[Tensor, Tensor]:
+def gaussian_windows(grid: tuple[int, int], x: Tensor) -> tuple[Tensor, Tensor]:
     """Fields g `(N, W)` around W = 6 x 6 places evenly over the grid, and (x - place) g `(2, N, W)`, down and across.
 
-    Coordinates are those of the points' middles, the grid from -1 to 1 each way. As `like` in dtype and device.
+    Coordinates of points run from 0 to 6 each way, so that neighbouring places are 1 apart. As `x` in dtype and device.
     """
-    middles = lambda count: (torch.arange(count, dtype=like.dtype, device=like.device) + 0.5) * (2 / count) - 1
+    middles = lambda count: (torch.arange(count, dtype=x.dtype, device=x.device) + 0.5) * (WINDOWS / count)
     down, across = (middles(size)[:, None] - middles(WINDOWS) for size in grid)
     offset = torch.stack(torch.broadcast_tensors(down[:, None, :, None], across[:, None])).flatten(3).flatten(1, 2)
-    window = (offset.square().sum(0) / (-2 * (WINDOW_WIDTH * 2 / WINDOWS) ** 2)).exp()
+    window = (offset.square().sum(0) / (-2 * WINDOW_WIDTH**2)).exp()
     return window, offset * window
 
 

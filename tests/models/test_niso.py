@@ -148,7 +148,7 @@ def test_motion():
     motion = made.motion(tau[None], basis, grid)
     assert motion.shape == (1, 2, 36)
     inner = motion.unflatten(-1, (6, 6))[0, :, 2:4, 2:4]  # others see the field come back on the other side
-    wanted = torch.tensor([2 / 16, -2 / 20]).double()[:, None, None]
+    wanted = torch.tensor([6 / 16, -6 / 20]).double()[:, None, None]
     assert ((inner - wanted).abs() < 0.1 * wanted.abs()).all()
     assert (made.motion(tau.T, basis, grid) + motion[0]).abs().max() < 1e-12
     assert made.motion(torch.eye(320).double(), basis, grid).abs().max() == 0

@@ -97,10 +97,10 @@ class IsometricOperator(nn.Module):
 
 def gaussian_windows(grid: tuple[int, int]) -> tuple[Array, Array]:
     """Fields g `(N, W)` around W = 6 x 6 places evenly over the grid, and (x - place) g `(2, N, W)`."""
-    middles = lambda count: (jnp.arange(count) + 0.5) * (2 / count) - 1
+    middles = lambda count: (jnp.arange(count) + 0.5) * (WINDOWS / count)
     down, across = (middles(size)[:, None] - middles(WINDOWS) for size in grid)
     offset = jnp.stack(jnp.broadcast_arrays(down[:, None, :, None], across[:, None])).reshape(2, -1, WINDOWS**2)
-    window = jnp.exp(jnp.square(offset).sum(0) / (-2 * (WINDOW_WIDTH * 2 / WINDOWS) ** 2))
+    window = jnp.exp(jnp.square(offset).sum(0) / (-2 * WINDOW_WIDTH**2))
     return window, offset * window
 
 
