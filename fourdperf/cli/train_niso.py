@@ -6,7 +6,7 @@
     pose_encode    -> pose_pred                         frames of videos, and the camera's motion between them
 
 A _pred takes the folder of its _encode, which stays as it is. Without --data_path each learns from a stand-in made
-here, with sizes for a few minutes on two cores; on real data the sizes are the original's where they are known: op_dim
+here, with sizes for some minutes on two cores; on real data the sizes are the original's where they are known: op_dim
 256, 16 x 16 pixels, 266 channels and batches of 16 of the torus; op_dim 128 and 128 channels on 36 x 36 points of
 poses.
 """
@@ -262,14 +262,13 @@ def pose_encode(
         eigenvalues: What they rise to at the start: maps are free between those that differ by less than 1. null for
             the original's sums of squares of numbers in 0 .. 1, which make maps nearly diagonal.
         waves: Begin with the grid's slowest waves as functions; otherwise, as in the original, with random ones, which
-            take far longer to become smooth, and in which a motion does not show.
+            take far longer to become smooth.
         basis_lr: The learning rate of functions, mass and eigenvalues, as a multiple of --lr.
         **run: Of the run.
     """
     options = {"data_path": data_path, "videos": videos, "size": size, "stride": stride, "augment": augment}
     options |= {"model": model, "alpha": alpha, "relative": relative, "beta": beta}
-    options |= {"eigenvalues": eigenvalues, "waves": waves}
-    options |= dict.fromkeys(BASIS_RATES, basis_lr)
+    options |= {"eigenvalues": eigenvalues, "waves": waves, "basis_lr": basis_lr}
     _train("pose_encode", options, **run)
 
 
@@ -405,7 +404,7 @@ def _train(
             warmup_steps=warmup_within(max_steps) if warmup_steps is None else warmup_steps,
             weight_decay=weight_decay,
             decay_basis=decay_basis,
-            **{name: options.get(name, 1.0) for name in BASIS_RATES},
+            **{name: options.get(name, options.get("basis_lr", 1.0)) for name in BASIS_RATES},
             clip=clip,
         )
         trainer = make_trainer(options, max_steps, [NisoPictures(out, run)], MODEL, run.items)
@@ -422,7 +421,7 @@ def _check(options: dict[str, Any]) -> None:
     counts = ("batch_size", "max_steps", "devices", "accumulate_grad_batches", "log_every", "val_every", "val_items")
     own = ("size", "digit", "stack", "shapes", "height", "width", "videos", "stride")
     check_at_least_one(options, *counts, "save_every", *(name for name in own if name in options))
-    positive = ("lr", "final_lr", "clip", "eigenvalues", *BASIS_RATES)
+    positive = ("lr", "final_lr", "clip", "eigenvalues", "basis_lr", *BASIS_RATES)
     check_positive(options, *(name for name in positive if name in options))
     for name in ("alpha", "beta", "gamma", "spread", "weight_decay"):
         if not options.get(name, 0) >= 0:

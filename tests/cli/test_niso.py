@@ -158,6 +158,7 @@ def test_wrong_folders_and_numbers(runs, tmp_path, capsys):
         error = fails(capsys, command, backbone, f"--model.{field}=5", out)
         assert f"--model.{field}: wanted a head's own head_features, head_layers" in error
     assert "--lr: wanted a positive number" in fails(capsys, "laplacian", "--lr=0", out)
+    assert "--basis_lr: wanted a positive number" in fails(capsys, "pose_encode", "--basis_lr=0", out)
     assert "--frames: wanted at least 2" in fails(capsys, "pose_pred", "--frames=1", out)
     assert "--ckpt: no such file" in fails(capsys, "laplacian", f"--ckpt={tmp_path / 'no.ckpt'}", out)
     assert main(["train", "niso.nothing"]) == 2
