@@ -6,7 +6,7 @@
     pose_encode    -> pose_pred                         frames of videos, and the camera's motion between them
 
 A _pred takes the folder of its _encode, which stays as it is. Without --data_path each learns from a stand-in made
-here, with sizes for a few minutes on two cores; on real data the sizes are the original's where they are known: op_dim
+here, with sizes for some minutes on two cores; on real data the sizes are the original's where they are known: op_dim
 256, 16 x 16 pixels, 266 channels and batches of 16 of the torus; op_dim 128 and 128 channels on 36 x 36 points of
 poses.
 """
@@ -43,6 +43,7 @@ SMALL = {
 LARGE = {"encoder_channels": (64, 128), "encoder_depth": (2, 2), "latent_channels": 128, "op_dim": 128}
 POSES = {"encoder_channels": (64, 96, 128), "encoder_depth": (2, 2, 2), "latent_channels": 128, "op_dim": 128}
 HEAD = {"head_features": 32, "head_layers": 2, "gram_features": 16}
+BASIS_RATES = ("functions_lr", "mass_lr", "eigenvalues_lr")
 
 EXPERIMENTS = {
     "laplacian": Experiment(
@@ -54,9 +55,11 @@ EXPERIMENTS = {
     "hmnist_pred": Experiment(HEAD, {}, {"lr": 2e-3, "max_steps": 1500, "batch_size": 32}),
     "shrec_encode": Experiment(SMALL, LARGE, {"lr": 1e-3, "max_steps": 1200, "batch_size": 8}),
     "shrec_pred": Experiment(HEAD, {}, {"lr": 2e-3, "max_steps": 1000, "batch_size": 16}),
-    "pose_encode": Experiment({**SMALL, "op_dim": 64}, POSES, {"lr": 3e-3, "max_steps": 700, "batch_size": 8}),
+    "pose_encode": Experiment(
+        {**SMALL, "latent_channels": 128, "op_dim": 64}, POSES, {"lr": 3e-3, "max_steps": 2000, "batch_size": 8}
+    ),
     "pose_pred": Experiment(
-        {"head_features": 128, "head_layers": 4}, {"head_layers": 6}, {"lr": 1e-3, "max_steps": 800, "batch_size": 8}
+        {"head_features": 128, "head_layers": 4}, {"head_layers": 6}, {"lr": 1e-3, "max_steps": 3000, "batch_size": 8}
     ),
 }
 
@@ -88,8 +91,8 @@ def laplacian(
             than a few over the pixels.
         model: Fields of the model's config: --model.op_dim, --model.clustered.
         beta: Weight of the multiplicity loss.
-        eigenvalues: Where clustered eigenvalues start, all close together; null for the original's squares of numbers
-            in 0 .. 1.
+        eigenvalues: Where clustered eigenvalues start, all close together, or what others rise to; null for the
+            original's squares of numbers in 0 .. 1.
         eigenvalues_lr: Their learning rate, as a multiple of --lr: they are to come apart no faster than the functions
             are found.
         mass_lr: The mass's learning rate, as a multiple of --lr.
@@ -226,13 +229,17 @@ def shrec_pred(
 
 def pose_encode(
     data_path: Path | None = None,
-    videos: int = 120,
+    videos: int = 480,
     size: int = 48,
     stride: int = 2,
+    augment: bool = True,
     model: dict[str, Any] | None = None,
     alpha: float = 0.3,
     relative: bool = True,
-    beta: float = 0.0025,
+    beta: float = 0.0,
+    eigenvalues: float | None = 0.2,
+    waves: bool = True,
+    basis_lr: float = 0.1,
     **run,
 ) -> None:
     """Learns a backbone from pairs of frames of videos in which only the camera moves.
@@ -246,14 +253,23 @@ def pose_encode(
         videos: Without --data_path, how many of them.
         size: Without --data_path, height and width of their frames.
         stride: The largest distance between the two frames.
-        model: Fields of the model's config that differ from the usual one, such as --model.op_dim=64.
+        augment: Learn from videos run backwards and seen in a mirror too; the original does not.
+        model: Fields of the model's config that differ from the usual one, such as --model.op_dim=64. With fewer
+            latent_channels than functions, maps are not determined.
         alpha: Weight of the equivariance loss; 0.5 in the original, where it is not relative.
         relative: Measure equivariance in terms of the coefficients' size; otherwise a network can make them small.
-        beta: Weight of the multiplicity loss; with more, maps become diagonal and say less of the motion.
+        beta: Weight of the multiplicity loss, which makes maps diagonal, so that they say less of the motion.
+        eigenvalues: What they rise to at the start: maps are free between those that differ by less than 1. null for
+            the original's sums of squares of numbers in 0 .. 1, which make maps nearly diagonal.
+        waves: Begin with the grid's slowest waves as functions; otherwise, as in the original, with random ones, which
+            take far longer to become smooth.
+        basis_lr: The learning rate of functions, mass and eigenvalues, as a multiple of --lr.
         **run: Of the run.
     """
-    options = {"data_path": data_path, "videos": videos, "size": size, "stride": stride}
-    _train("pose_encode", {**options, "model": model, "alpha": alpha, "relative": relative, "beta": beta}, **run)
+    options = {"data_path": data_path, "videos": videos, "size": size, "stride": stride, "augment": augment}
+    options |= {"model": model, "alpha": alpha, "relative": relative, "beta": beta}
+    options |= {"eigenvalues": eigenvalues, "waves": waves, "basis_lr": basis_lr}
+    _train("pose_encode", options, **run)
 
 
 def pose_pred(
@@ -262,6 +278,7 @@ def pose_pred(
     frames: int = 5,
     stride: int = 2,
     first_frame: bool = False,
+    augment: bool = True,
     model: dict[str, Any] | None = None,
     **run,
 ) -> None:
@@ -277,11 +294,13 @@ def pose_pred(
         frames: Frames of a sequence.
         stride: The largest distance between them.
         first_frame: Begin with a video's first frame and take the largest stride always, as the original does.
-        model: Fields of the head: --model.head_features, --model.head_layers.
+        augment: Learn from videos run backwards and seen in a mirror too; the original does not.
+        model: Fields of the head: --model.head_features, --model.head_layers, --model.head_input: motion, which is how
+            far the map between two frames moves things at 36 places, or the map itself, as in the original: tau.
         **run: Of the run.
     """
     options = {"encoder": encoder, "data_path": data_path, "frames": frames, "stride": stride}
-    _train("pose_pred", {**options, "first_frame": first_frame, "model": model}, **run)
+    _train("pose_pred", {**options, "first_frame": first_frame, "augment": augment, "model": model}, **run)
 
 
 niso = {
@@ -385,8 +404,7 @@ def _train(
             warmup_steps=warmup_within(max_steps) if warmup_steps is None else warmup_steps,
             weight_decay=weight_decay,
             decay_basis=decay_basis,
-            mass_lr=options.get("mass_lr", 1.0),
-            eigenvalues_lr=options.get("eigenvalues_lr", 1.0),
+            **{name: options.get(name, options.get("basis_lr", 1.0)) for name in BASIS_RATES},
             clip=clip,
         )
         trainer = make_trainer(options, max_steps, [NisoPictures(out, run)], MODEL, run.items)
@@ -403,7 +421,7 @@ def _check(options: dict[str, Any]) -> None:
     counts = ("batch_size", "max_steps", "devices", "accumulate_grad_batches", "log_every", "val_every", "val_items")
     own = ("size", "digit", "stack", "shapes", "height", "width", "videos", "stride")
     check_at_least_one(options, *counts, "save_every", *(name for name in own if name in options))
-    positive = ("lr", "final_lr", "clip", "eigenvalues", "eigenvalues_lr", "mass_lr")
+    positive = ("lr", "final_lr", "clip", "eigenvalues", "basis_lr", *BASIS_RATES)
     check_positive(options, *(name for name in positive if name in options))
     for name in ("alpha", "beta", "gamma", "spread", "weight_decay"):
         if not options.get(name, 0) >= 0:

@@ -130,7 +130,7 @@ def fit_run(
                 f"--out: {options['out']} holds a run; go on with --ckpt {last}, or give another folder"
             )
         print(*told, sep="\n")
-        if options["ckpt"] is None:
+        if options["ckpt"] is None or not (options["out"] / "options.json").exists():
             plain = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
             write_text(options["out"] / "options.json", json.dumps(plain, indent=2) + "\n")
     try:

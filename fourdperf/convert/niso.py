@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from fourdperf.convert.flax_tree import SUFFIXES, TreeFormat
 from fourdperf.convert.table import ConvRow, Row, shape_of
 from fourdperf.models.checkpoint import CheckpointError
-from fourdperf.models.niso import MODEL, MODELS, Config, Model
+from fourdperf.models.niso import MODEL, MODELS, WINDOWS, Config, Model
 
 __all__ = ["MODEL", "SUFFIXES", "convert", "export", "infer_config", "load", "load_tree", "table"]
 
@@ -29,7 +29,7 @@ def table(config: Config) -> list[Row]:
         sizes = (c.latent_channels, c.head_features, c.head_layers, c.num_classes, c.gram_features)
         rows += orthogonal_net("head.", "model/", *sizes, c.upstream_modules)
     if c.kind == "pose":
-        rows += skip_mlp("head.", "model/", c.op_dim**2, c.head_features, c.head_layers, 9, False)
+        rows += skip_mlp("head.", "model/", c.pose_inputs, c.head_features, c.head_layers, 9, False)
     return rows
 
 
@@ -171,7 +171,8 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]], overrides: Mapping | Non
         fields["head_layers"] = max(1, 2 * (counts[0] - 1) if halved else sum(counts) // 2)
     elif has("model/"):
         fields["kind"] = "pose"
-        fields["head_features"] = shape_of(shapes, "model/Dense_0/kernel", 2)[1]
+        inputs, fields["head_features"] = shape_of(shapes, "model/Dense_0/kernel", 2)
+        fields["head_input"] = "motion" if inputs == 2 * WINDOWS**2 else "tau"  # which has a square of inputs
         fields["head_layers"] = sum(len(_places(shapes, f"model/MLP_{index}/", "layers")) for index in range(2))
     needed = ("image_size",) if has("encoder/") else ("image_size", "channels")
     if missing := [name for name in needed if name not in overrides]:
@@ -209,6 +210,8 @@ def _warning(model: Model) -> str:
         found.append("no biases in residual blocks")
     if config.kind == "classifier" and not config.upstream_modules:
         found.append("all modules of the equivariant layers")
+    if config.kind == "pose" and config.head_input == "motion":
+        found.append("a head on motion")
     return f"the original has other modules: {'; '.join(found)}" if found else ""
 
 

@@ -1,6 +1,6 @@
 """Functasets: every image of a data set as the latent map of its field, in HDF5 files that survive a kill.
 
-    FOLDER/functaset.json             what was asked for, and the fingerprint of the field's weights
+    FOLDER/functaset.json             what was asked for, the field's config and its weights' fingerprint
            model/                     the field that was fitted: config.json, model.safetensors
            train.h5 val.h5 test.h5    complete splits
            parts/SPLIT/00042.safetensors    block 42 of a split that is not complete yet
@@ -231,6 +231,7 @@ def create_functaset(
     require_h5py()
     counts = {split: _count(dataset, split, recipe) for split, dataset in datasets.items()}
     identity = {"recipe": recipe.to_dict(), "signals": counts, "weights": fingerprint(model)}
+    identity["config"] = model.config.to_dict()
     if rank == 0:
         _begin(out, model, identity, root)
     barrier()
@@ -263,8 +264,8 @@ def _begin(out: Path, model: nn.Module, identity: dict, root: str | os.PathLike 
     """Writes what a functaset begins with, or checks that `out` was begun with the same."""
     file = out / "functaset.json"
     if file.exists():
-        known = read_recipe(out)
-        theirs, ours = ({**known.pop("recipe"), **known}, {**identity["recipe"], **identity})
+        flat = lambda found: {**found.pop("recipe"), **found.pop("config", {}), **found}  # older ones have no config
+        theirs, ours = flat(read_recipe(out)), flat(dict(identity))
         different = [f"{name} {theirs[name]}" for name in ours if name in theirs and theirs[name] != ours[name]]
         if different:
             raise ValueError(
@@ -387,7 +388,7 @@ def _read_part(path: Path, count: int, row: tuple[int, ...]) -> dict[str, np.nda
 
 
 def read_recipe(folder: str | os.PathLike) -> dict:
-    """What functaset.json of `folder` says: recipe, signals, weights, root.
+    """What functaset.json of `folder` says: recipe, signals, weights, config (not in older ones), root.
 
     Raises:
         FileNotFoundError: there is none.

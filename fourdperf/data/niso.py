@@ -15,7 +15,7 @@ without `shuffle` the order is the source's. The length N is that of a pass. Dat
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Generator, Tensor
@@ -35,6 +35,7 @@ __all__ = [
     "WarpedImages",
     "WarpedShapes",
     "draw_pairs",
+    "mirrored",
     "pair_indices",
 ]
 
@@ -209,6 +210,7 @@ class SequenceWindows(_Visits):
         stride: the largest distance between frames; it is drawn, but no more than the video is long enough for.
         first_frame: always begin with the video's first frame and take the largest stride, as the original does; else
             the beginning is drawn.
+        augment: half of them are run backwards, and half seen in a mirror.
 
     Raises:
         ValueError: an argument is out of range; of an item: its video is shorter than `frames`.
@@ -223,14 +225,23 @@ class SequenceWindows(_Visits):
         seed: int = 0,
         shuffle: bool = True,
         first_frame: bool = False,
+        augment: bool = False,
     ):
         super().__init__(source, seed, shuffle)
         if frames < 1 or stride < 1:
             raise ValueError(f"frames, stride: wanted at least 1, got {frames} and {stride}")
-        self.frames, self.stride, self.first_frame = frames, stride, first_frame
+        self.frames, self.stride, self.first_frame, self.augment = frames, stride, first_frame, augment
 
     def _batch(self, indices, generators):
-        return [self.source.read(i, self._numbers(i, generator)) for i, generator in zip(indices, generators)]
+        return [self._window(i, generator) for i, generator in zip(indices, generators)]
+
+    def _window(self, index: int, generator: Generator) -> dict[str, Tensor]:
+        numbers = self._numbers(index, generator)
+        if not self.augment:
+            return self.source.read(index, numbers)
+        back, mirror = (torch.rand(2, generator=generator) < 0.5).tolist()
+        window = self.source.read(index, numbers[::-1] if back else numbers)
+        return mirrored(window) if mirror else window
 
     def _numbers(self, index: int, generator: Generator) -> range:
         total = self.source.frames(index)
@@ -243,6 +254,15 @@ class SequenceWindows(_Visits):
         span = (self.frames - 1) * stride
         start = int(torch.randint(total - span, (), generator=generator))
         return range(start, start + span + 1, stride)
+
+
+def mirrored(window: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Frames with left and right exchanged, and the cameras that see them so, in a world where x is -x."""
+    sign = torch.tensor([-1.0, 1, 1, 1])
+    intrinsics = window["intrinsics"].clone()
+    intrinsics[:, 0, 2] = 1 - intrinsics[:, 0, 2]
+    poses = sign[:, None] * window["poses"] * sign
+    return {"video": window["video"].flip(2), "poses": poses, "intrinsics": intrinsics}
 
 
 def pair_indices(

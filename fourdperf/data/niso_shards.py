@@ -22,6 +22,7 @@ All in chunks with checksums; attributes of a shard: format, kind, split, first 
 import json
 import math
 import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
@@ -48,6 +49,7 @@ __all__ = [
 FORMAT = "fourdperf niso shards 1"
 CHUNK_BYTES = 64 * 1024
 OPEN_FILES = 8
+WAIT = 0.5  # seconds from one look for others' shards to the next
 Kind = Literal["homnist", "shapes", "sequences"]
 NAMES = {"homnist": ("x", "label"), "shapes": ("x", "label"), "sequences": ("video", "poses", "intrinsics")}
 
@@ -78,6 +80,7 @@ def write_shards(
     classes: Sequence[str] = (),
     rank: int = 0,
     ranks: int = 1,
+    wait: bool = False,
     progress: bool = False,
 ) -> int:
     """Writes the shards of `out` that are not there yet and are this process's; returns how many it wrote.
@@ -87,6 +90,7 @@ def write_shards(
         options: what made the sources what they are, to be noted and compared.
         per_shard: items in a shard, which is held in memory; a kill costs at most these.
         rank, ranks: this process, and how many share the work.
+        wait: come back only when the others' shards are there too.
         progress: show a bar.
 
     Raises:
@@ -116,6 +120,8 @@ def write_shards(
                 chunk = (max(1, min(len(array), CHUNK_BYTES // max(1, row))), *array.shape[1:])
                 file.create_dataset(name, data=array, chunks=chunk, fletcher32=True)
             file.attrs.update(format=FORMAT, kind=kind, split=split, first=numbers.start)
+    while wait and any(_missing(out, split, math.ceil(counts[split] / per_shard)) for split in counts):
+        time.sleep(WAIT)
     return len(missing)
 
 
@@ -162,6 +168,11 @@ def _shard(out: Path, split: str, number: int) -> Path:
     return out / f"{split}-{number:05d}.h5"
 
 
+def _missing(out: Path, split: str, count: int) -> list[str]:
+    """The names of a split's shards that are not there."""
+    return [path.name for path in (_shard(out, split, number) for number in range(count)) if not path.is_file()]
+
+
 # Reading
 
 
@@ -202,8 +213,7 @@ class Shards(Dataset):
         if split not in items:
             raise FileNotFoundError(f"{folder}: wanted split {split}, got {', '.join(items)}")
         count = math.ceil(items[split] / self.per_shard)
-        missing = [path.name for path in (_shard(self.folder, split, s) for s in range(count)) if not path.is_file()]
-        if missing:
+        if missing := _missing(self.folder, split, count):
             raise FileNotFoundError(
                 f"{folder}: {missing[0]} is missing ({len(missing)} of {count} shards): the same fourdperf niso_data "
                 f"command goes on with them"

@@ -43,6 +43,7 @@ SOURCE = (
 )
 FILE = re.compile(r"(?P<name>.+?)(?:_aug_(?P<copy>\d+))?(?P<sphere>_sphere)?")
 EIGENPAIRS = 128
+CONNECTED = 1e-9  # the second eigenvalue, which is zero for each piece but the first, over the last
 
 
 class Shrec(Dataset):
@@ -110,17 +111,17 @@ class Shrec(Dataset):
         label, path, copies = self.items[index]
         base, base_features, maps = None, None, []
         for k in range(self.copies):
-            files = copies[k]
+            files, name = copies[k], f"{path}, copy {k}"
             one = read_mesh(files["surface"]) if "surface" in files else base
             if one is None:
                 raise FileNotFoundError(f"{path}: the surface is missing")
             sphere, features = self._sphere(one, files, path)
             if features is None:
                 own = one is not base or base_features is None
-                features = heat_kernel_signatures(one, self.times) if own else base_features
+                features = heat_kernel_signatures(one, self.times, name=name) if own else base_features
             if k == 0:
                 base, base_features = one, features
-            maps.append(rasterise(sphere, one.faces, features, self.size, f"{path}, copy {k}"))
+            maps.append(rasterise(sphere, one.faces, features, self.size, name))
         if len({x.shape for x in maps}) > 1:
             raise ValueError(f"{path}: wanted copies with as many features each, got {[x.shape[-1] for x in maps]}")
         return {"x": torch.from_numpy(np.stack(maps).astype(np.float32)), "label": label}
@@ -169,13 +170,13 @@ def _read_features(path: Path) -> np.ndarray:
     return features
 
 
-def heat_kernel_signatures(mesh: Mesh, times: int = 16, eigenpairs: int = EIGENPAIRS) -> np.ndarray:
+def heat_kernel_signatures(mesh: Mesh, times: int = 16, eigenpairs: int = EIGENPAIRS, name: str = "mesh") -> np.ndarray:
     """(V, times) in [0, 1); see the module. Times lie evenly, by their logarithm, from 4 ln 10 / lambda_max to
     4 ln 10 / lambda_1, as in the paper.
 
     Raises:
         ImportError: scipy is not installed.
-        ValueError: the mesh is too small, or its triangles have no area.
+        ValueError: the mesh is too small, in several pieces, or its triangles have no area.
     """
     try:
         from scipy.sparse import coo_matrix, diags
@@ -187,7 +188,7 @@ def heat_kernel_signatures(mesh: Mesh, times: int = 16, eigenpairs: int = EIGENP
     area = np.linalg.norm(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]), axis=-1) / 2
     count, total = len(vertices), area.sum()
     if count < 16 or not total > 0:
-        raise ValueError(f"mesh: wanted at least 16 vertices and an area, got {count} and {total}")
+        raise ValueError(f"{name}: wanted at least 16 vertices and an area, got {count} and {total}")
     mass = np.bincount(faces.ravel(), np.repeat(area / 3, 3), count)
     mass = np.maximum(mass, 1e-9 * total / count) / total
     rows, columns, values = [], [], []
@@ -204,6 +205,8 @@ def heat_kernel_signatures(mesh: Mesh, times: int = 16, eigenpairs: int = EIGENP
     start = np.random.default_rng(0).normal(size=count)  # ARPACK's own differs from run to run
     values, vectors = eigsh(laplacian, pairs, diags(mass).tocsc(), sigma=-1e-6, v0=start)
     values = np.maximum(values, 0)
+    if values[1] <= CONNECTED * values[-1]:
+        raise ValueError(f"{name}: wanted a surface in one piece, got a second eigenvalue of {values[1]:.1e}")
     moments = np.geomspace(4 * np.log(10) / values[-1], 4 * np.log(10) / values[1], times)
     decay = np.exp(-values[:, None] * moments)
     heat = vectors**2 @ decay / decay.sum(0)

@@ -14,7 +14,7 @@ The mass M, the functions Phi and their eigenvalues Lambda are learned. mask_ij 
 tau nearly commutes with the operator that has these functions and eigenvalues, as an isometry does with the Laplacian.
 
 On the frozen encoder and operator: a classifier, equivariant to rotations of coefficients up to their Gram matrix
-(Classifier), and relative camera poses from tau between frames (PosePredictor).
+(Classifier), and relative camera poses from tau between frames, or from what tau moves where (PosePredictor).
 
 Source: "Neural Isometries" (arXiv 2405.19296), "Vector Neurons" (arXiv 2104.12229).
 """
@@ -39,6 +39,10 @@ from fourdperf.ops.checks import no_autocast
 MODEL = "niso"
 KINDS = ("autoencoder", "classifier", "pose")
 GRADIENTS = ("exact", "regularized")
+HEAD_INPUTS = ("tau", "motion")
+WINDOWS = 6  # each way over the grid, in which motion is read from tau
+WINDOW_WIDTH = 0.7  # their standard deviation over their distance
+STILL = (1.0, 0, 0, 0, 1, 0, 0, 0, 0)  # the identity's nine numbers
 MASS_FLOOR = 1e-8
 LENGTH_FLOOR = 1e-8  # of the squared length of what is made a unit vector
 AnyModel = TypeVar("AnyModel", bound="Model")
@@ -63,6 +67,9 @@ class Config(BaseConfig):
     num_classes: of a classifier.
     head_features, head_layers: width and number of layers of a classifier's or a pose predictor's head.
     gram_features: vectors whose Gram matrix a classifier sees.
+    head_input: what a pose predictor's head sees: "motion", how far tau moves windows on the grid
+        (`IsometricOperator.motion`), where the opposite motion gives the opposite pose; or, as in the original and in
+        configs without this field, "tau", its k^2 entries.
 
     Of the original (`Config.upstream`):
     biases: of convolutions and skips in residual blocks. Each is a constant in space, which the last instance norm of
@@ -91,6 +98,7 @@ class Config(BaseConfig):
     head_features: int = 64
     head_layers: int = 4
     gram_features: int = 64
+    head_input: str = "tau"
     biases: bool = False
     upstream_modules: bool = False
     train_basis: bool = False
@@ -98,7 +106,7 @@ class Config(BaseConfig):
     negative_scale: bool = False
 
     def __post_init__(self):
-        check_choices(self, {"kind": KINDS, "procrustes_gradient": GRADIENTS})
+        check_choices(self, {"kind": KINDS, "head_input": HEAD_INPUTS, "procrustes_gradient": GRADIENTS})
         image = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
         set_field(self, "image_size", int_tuple("image_size", image, 2))
         levels = len(self.encoder_channels)
@@ -147,6 +155,11 @@ class Config(BaseConfig):
     def spatial(self) -> int:
         """Number of grid points N."""
         return math.prod(self.grid)
+
+    @property
+    def pose_inputs(self) -> int:
+        """How many numbers a pose predictor's head sees."""
+        return self.op_dim**2 if self.head_input == "tau" else 2 * WINDOWS**2
 
 
 # ---- the operator
@@ -252,6 +265,19 @@ class IsometricOperator(nn.Module):
         """The rotation tau `(B, k, k)` of coefficients that takes fields a to b, both `(B, N, C)`."""
         return self.align(self.project(a, basis), self.project(b, basis), basis)
 
+    def motion(self, tau: Tensor, basis: Basis, grid: tuple[int, int]) -> Tensor:
+        """How far rotations tau `(.., k, k)` move windows on the grid, down and across, over the windows' distance:
+        `(.., 2, W)`.
+
+        Of a window g around c, with coefficients a, it is <(x - c) g, tau a - tau^T a> / <a, a>: about d for a map that
+        moves everything by a d that is less than a window. tau^T, which is tau back in time, has the opposite motion.
+        """
+        windows, offsets = gaussian_windows(grid, basis.functions)
+        a, q = self.project(windows, basis), self.project(offsets, basis)
+        with _full_precision(tau):
+            moved = (tau - tau.mT) @ a
+            return torch.einsum("okw,...kw->...ow", q, moved) / a.square().sum(0).clamp(min=LENGTH_FLOOR)
+
     @torch.no_grad()
     def check(self) -> None:
         """Raises ValueError for a mass of zero, which never moves again, and parameters that are not finite."""
@@ -266,6 +292,18 @@ class IsometricOperator(nn.Module):
 def _product(matrix: Tensor, x: Tensor) -> Tensor:
     """matrix x `(.., m, C)` of `(m, n)` and `(.., n, C)`, a product for each sample: nothing is copied or turned."""
     return matrix.expand(*x.shape[:-2], *matrix.shape) @ x.to(matrix.dtype)
+
+
+def gaussian_windows(grid: tuple[int, int], x: Tensor) -> tuple[Tensor, Tensor]:
+    """Fields g `(N, W)` around W = 6 x 6 places evenly over the grid, and (x - place) g `(2, N, W)`, down and across.
+
+    Coordinates of points run from 0 to 6 each way, so that neighbouring places are 1 apart. As `x` in dtype and device.
+    """
+    middles = lambda count: (torch.arange(count, dtype=x.dtype, device=x.device) + 0.5) * (WINDOWS / count)
+    down, across = (middles(size)[:, None] - middles(WINDOWS) for size in grid)
+    offset = torch.stack(torch.broadcast_tensors(down[:, None, :, None], across[:, None])).flatten(3).flatten(1, 2)
+    window = (offset.square().sum(0) / (-2 * WINDOW_WIDTH**2)).exp()
+    return window, offset * window
 
 
 def eigenvalue_mask(eigenvalues: Tensor) -> Tensor:
@@ -428,12 +466,14 @@ class Autoencoder(Model):
 
 
 class Frozen(Model):
-    """A head on an encoder and an operator that do not learn, but for a classifier's operator with `train_basis`."""
+    """A head on an encoder and an operator that do not learn, but for a classifier's mass and functions with
+    `train_basis`: it does not see the eigenvalues."""
 
     def __init__(self, config: Config):
         super().__init__(config)
         trained = config.train_basis and self.kind == "classifier"
         self.operator.requires_grad_(trained)
+        self.operator.Lambda.requires_grad_(False)
         if self.encoder is not None:
             self.encoder.requires_grad_(False)
 
@@ -473,16 +513,23 @@ class PosePredictor(Frozen):
     """Frames `(B, T, H, W, C)` -> poses of each frame but the first seen from the one before, `(B, T - 1, 4, 4)`.
 
     With poses g (world from camera) that is inverse(g_t) g_t+1; lengths are known up to one factor for each sequence.
+    What the head h makes of a motion m is the identity + (h(m) - h(-m)) / 2, in nine numbers (`lift_se3`); of tau it is
+    the pose itself.
     """
 
     kind = "pose"
 
     def __init__(self, config: Config):
         super().__init__(config)
-        self.head = SkipMLP(config.op_dim**2, config.head_features, config.head_layers, 9, first_activation=False)
+        self.head = SkipMLP(config.pose_inputs, config.head_features, config.head_layers, 9, first_activation=False)
+
+    @classmethod
+    def on(cls, backbone: Autoencoder, **fields) -> "PosePredictor":
+        """As `Frozen.on`, with a head on motion where `fields` have no head_input."""
+        return super().on(backbone, **{"head_input": "motion", **fields})
 
     def forward(self, video: Tensor, taps: dict[str, Tensor] | None = None) -> Tensor:
-        """taps: filled with "encoder/..", "tau", "head/in" and "pose"."""
+        """taps: filled with "encoder/..", "tau", "motion" where the head sees it, "head/in" and "pose"."""
         if video.ndim != 5 or video.shape[1] < 2:
             raise ValueError(f"video: expected (B, T >= 2, H, W, C), got {tuple(video.shape)}")
         basis = self.operator.basis()
@@ -491,7 +538,14 @@ class PosePredictor(Frozen):
         before, after = coefficients[:, :-1].flatten(0, 1), coefficients[:, 1:].flatten(0, 1)
         tau = self.operator.align(before, after, basis).unflatten(0, (len(video), -1)).detach()
         tap(taps, "tau", tau)
-        pose = self.head(tau.flatten(-2).to(self.operator.M.dtype), taps)
+        if self.config.head_input == "tau":
+            pose = self.head(tau.flatten(-2).to(self.operator.M.dtype), taps)
+        else:
+            motion = self.operator.motion(tau, basis, self.config.grid)
+            tap(taps, "motion", motion)
+            motion = motion.flatten(-2).to(self.operator.M.dtype)
+            ahead, back = self.head(torch.stack([motion, -motion]), taps)
+            pose = torch.tensor(STILL, dtype=ahead.dtype, device=ahead.device) + (ahead - back) / 2
         tap(taps, "pose", pose)
         return lift_se3(pose.to(wide(pose.dtype)))
 

@@ -81,8 +81,8 @@ class NisoTraining(ModelTraining):
     """One model, what it is to learn, and its optimiser: AdamW, a linear warm-up from `final_lr`, a cosine back to it.
 
     max_steps: where the learning rate reaches `final_lr`. clip: the gradient's largest L2 norm; None leaves it.
-    decay_basis: see `fourdperf.train.niso_loss.parameter_groups`. mass_lr, eigenvalues_lr: of these of the operator, as
-    multiples of lr.
+    decay_basis: see `fourdperf.train.niso_loss.parameter_groups`. functions_lr, mass_lr, eigenvalues_lr: of these of the
+    operator, as multiples of lr.
 
     A step whose loss or gradient is not finite raises ValueError, with the step and the first tensor that is not
     finite, before anything has moved.
@@ -99,6 +99,7 @@ class NisoTraining(ModelTraining):
         warmup_steps: int = 0,
         weight_decay: float = 1e-4,
         decay_basis: bool = False,
+        functions_lr: float = 1.0,
         mass_lr: float = 1.0,
         eigenvalues_lr: float = 1.0,
         clip: float | None = 1.0,
@@ -107,25 +108,29 @@ class NisoTraining(ModelTraining):
         self.model, self.objective, self.max_steps = model, objective, max_steps
         self.lr, self.final_lr, self.warmup_steps = lr, final_lr, warmup_steps
         self.weight_decay, self.decay_basis, self.clip = weight_decay, decay_basis, clip
-        self.mass_lr, self.eigenvalues_lr = mass_lr, eigenvalues_lr
+        self.functions_lr, self.mass_lr, self.eigenvalues_lr = functions_lr, mass_lr, eigenvalues_lr
         self._batch: Batch = ()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self._batch = batch
-        try:
-            parts = self.objective(self.model, batch)
-        except ValueError as error:  # the model has looked at its inputs
-            raise ValueError(f"step {self.global_step}: {error}. {ADVICE}") from error
+        parts = self._parts(batch)
         self.log_dict({f"train/{name}": part.detach() for name, part in parts.items()}, batch_size=len(batch[0]))
         return parts["loss"]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self.log_validation(self.objective(self.model, batch), len(batch[0]))
+        self.log_validation(self._parts(batch), len(batch[0]))
+
+    def _parts(self, batch: Batch) -> dict[str, Tensor]:
+        try:
+            return self.objective(self.model, batch)
+        except ValueError as error:  # the model has looked at its inputs
+            raise ValueError(f"step {self.global_step}: {error}. {ADVICE}") from error
 
     def configure_optimizers(self) -> dict:
         groups = parameter_groups(self.model, self.weight_decay, decay_basis=self.decay_basis)
         operator = self.model.operator
-        for parameter, multiple in ((operator.M, self.mass_lr), (operator.Lambda, self.eigenvalues_lr)):
+        multiples = {operator.Phi: self.functions_lr, operator.M: self.mass_lr, operator.Lambda: self.eigenvalues_lr}
+        for parameter, multiple in multiples.items():
             if multiple != 1:
                 groups = _apart(groups, parameter, self.lr * multiple)
         optimizer = torch.optim.AdamW(groups, lr=self.lr, fused=True)

@@ -83,15 +83,15 @@ def orientation_loss(a: Tensor, b: Tensor) -> Tensor:
 def scale_procrustes(a: Tensor, b: Tensor, *, negative_scale: bool = False) -> tuple[Tensor, Tensor]:
     """l1 between points a and s b, both `(B, T, 3)`, and s b.
 
-    s of each sequence is positive, |a| / |b|, and no gradient goes through it. negative_scale: s = <a, b> / <b, b>, the
-    factor that fits best, which takes a's opposite for a, and of b across a makes zero, where nothing is learned.
+    s of each sequence is positive, |a| / |b|; the gradient is across b, so that it never makes b shorter, where it
+    would be larger. negative_scale: s = <a, b> / <b, b>, the factor that fits best, which takes a's opposite for a, and
+    of b across a makes zero, where nothing is learned; no gradient goes through it.
     """
-    with torch.no_grad():
-        size = b.square().sum((-2, -1), keepdim=True).clamp(min=TINY)
-        if negative_scale:
-            scale = (a * b).sum((-2, -1), keepdim=True) / size
-        else:
-            scale = (a.square().sum((-2, -1), keepdim=True) / size).sqrt()
+    size = b.square().sum((-2, -1), keepdim=True).clamp(min=TINY)
+    if negative_scale:
+        scale = ((a * b).sum((-2, -1), keepdim=True) / size).detach()
+    else:
+        scale = torch.linalg.vector_norm(a, dim=(-2, -1), keepdim=True) / size.sqrt()
     return l1(a, scale * b), scale * b
 
 

@@ -38,6 +38,7 @@ from fourdperf.train.niso import (
     laplacian_objective,
     pose_objective,
 )
+from fourdperf.train.processes import started
 
 __all__ = ["Run", "backbone_options", "load_run", "observations", "open_run", "source", "split_pairs", "evened"]
 
@@ -48,6 +49,10 @@ PHOTOGRAPHS = {"train": 2048, "val": 512, "test": 512}
 TEST_SHAPES, TEST_VIDEOS = 200, 48
 VIDEO_FRAMES = 24
 EIGENVALUES_APART = 0.05  # of their square roots, at the start
+HEAD_FIELDS = {  # of the config, that are not the encoder's or the data's
+    Classifier: ("head_features", "head_layers", "gram_features", "upstream_modules", "train_basis"),
+    PosePredictor: ("head_features", "head_layers", "head_input", "negative_scale"),
+}
 
 
 @dataclass(frozen=True)
@@ -176,17 +181,40 @@ def _model(options: Mapping[str, Any], encoder: Autoencoder | None, fields: dict
             if fields.get(name, value) != value:
                 raise ValueError(f"--model.{name}: wanted {value}, as the data have it, got {fields[name]}")
         model = Autoencoder(Config.from_dict({**fields, **image}))
-        if model.config.clustered and options.get("eigenvalues") is not None:
-            start = options["eigenvalues"] ** 0.5
-            torch.nn.init.uniform_(model.operator.Lambda, start - EIGENVALUES_APART, start + EIGENVALUES_APART)
+        _start(model, options)
         return model
+    head = PosePredictor if family(options) == "pose" else Classifier
+    for name, value in fields.items():
+        if name not in HEAD_FIELDS[head]:
+            raise ValueError(f"--model.{name}: wanted a head's own {', '.join(HEAD_FIELDS[head])}, got {name} {value}")
     config = encoder.config
     if (*config.image_size, config.channels) != tuple(shape):
         wanted = " x ".join(map(str, (*config.image_size, config.channels)))
         raise ValueError(f"--data_path: wanted {wanted} as the encoder has it, got {' x '.join(map(str, shape))}")
-    if family(options) == "pose":
-        return PosePredictor.on(encoder, **fields)
-    return Classifier.on(encoder, **{"num_classes": len(train.classes), **fields})
+    known = {} if head is PosePredictor else {"num_classes": len(train.classes)}
+    return head.on(encoder, **known, **fields)
+
+
+@torch.no_grad()
+def _start(model: Autoencoder, options: Mapping[str, Any]) -> None:
+    """The functions and eigenvalues to begin with, where `options` have an opinion."""
+    operator, largest = model.operator, options.get("eigenvalues")
+    if options.get("waves"):
+        operator.Phi.copy_(slowest_waves(model.config.grid, model.config.op_dim))
+    if largest is not None and model.config.clustered:
+        root = largest**0.5
+        torch.nn.init.uniform_(operator.Lambda, root - EIGENVALUES_APART, root + EIGENVALUES_APART)
+    elif largest is not None:  # the sum of as many squares of 0 .. limit
+        torch.nn.init.uniform_(operator.Lambda, 0, (3 * largest / model.config.op_dim) ** 0.5)
+
+
+def slowest_waves(grid: tuple[int, int], count: int) -> Tensor:
+    """The `count` slowest of the grid's products of cosines, the Laplacian's functions on a rectangle: orthonormal
+    columns (N, count), ascending."""
+    cosines = [torch.cos((torch.arange(n) + 0.5)[:, None] * torch.arange(n) * (math.pi / n)) for n in grid]
+    down, across = (torch.arange(n) / n for n in grid)
+    order = (down[:, None] ** 2 + across**2).flatten().argsort(stable=True)[:count]
+    return torch.nn.functional.normalize(torch.kron(*cosines)[:, order], dim=0)
 
 
 def _objective(options: Mapping[str, Any]) -> tuple[Objective, str]:
@@ -205,7 +233,8 @@ def _objective(options: Mapping[str, Any]) -> tuple[Objective, str]:
 
 
 def prepare(options: Mapping[str, Any]) -> None:
-    """Renders the videos that stand in for recorded ones, where they are missing; checks what --data_path is."""
+    """Renders the videos that stand in for recorded ones, where they are missing, each of torchrun's processes a share;
+    checks what --data_path is."""
     folder = options["data_path"]
     if folder is not None:
         wanted, found = KINDS[family(options)], read_description(folder)["kind"]
@@ -216,7 +245,9 @@ def prepare(options: Mapping[str, Any]) -> None:
         counts = {"train": count, "val": max(1, count // 8), "test": min(count, TEST_VIDEOS)}
         sources = {split: SceneSequences(split, n, VIDEO_FRAMES, (size, size)) for split, n in counts.items()}
         made = {"dataset": "sequences", "frames": VIDEO_FRAMES, "size": size}
-        write_shards(options["out"] / "data", "sequences", sources, made, per_shard=8, progress=True)
+        rank, ranks = started()
+        share = {"rank": rank, "ranks": ranks, "wait": True, "progress": rank == 0}
+        write_shards(options["out"] / "data", "sequences", sources, made, per_shard=8, **share)
 
 
 def source(options: Mapping[str, Any], split: str):
@@ -263,6 +294,7 @@ def evened(images: Tensor, like: Tensor, slope: float) -> Tensor:
 def split_pairs(options: Mapping[str, Any], source, split: str) -> Dataset:
     """What the experiment trains, validates or is tested on, of a split's source. Validation and test do not change."""
     own: dict[str, Any] = {"seed": options["seed"], "shuffle": split == "train"}
+    augment = split == "train" and options.get("augment", False)
     match options["experiment"]:
         case "laplacian":
             return ShiftedImages(source, stack=options["stack"], **own)
@@ -271,10 +303,10 @@ def split_pairs(options: Mapping[str, Any], source, split: str) -> Dataset:
         case "shrec_encode":
             return ShapePairs(source, shift=options["shift"], base_weight=options["base_weight"], **own)
         case "pose_encode":
-            return SequenceWindows(source, 2, stride=options["stride"], **own)
+            return SequenceWindows(source, 2, stride=options["stride"], augment=augment, **own)
         case "pose_pred":
             window = {"stride": options["stride"], "first_frame": options["first_frame"]}
-            return SequenceWindows(source, options["frames"], **window, **own)
+            return SequenceWindows(source, options["frames"], augment=augment, **window, **own)
         case "hmnist_pred":
             warp = options["warp"] or split == "test"
             if split == "test" and options["data_path"] is not None:  # the shards' test set is warped

@@ -25,6 +25,7 @@ from fourdperf.train.niso_pictures import (  # noqa: E402
     torus_operator_picture,
     trajectories_picture,
 )
+from fourdperf.train.niso_runs import split_pairs  # noqa: E402
 
 RUN = ["--accelerator=cpu", "--batch_size=2", "--max_steps=2", "--log_every=1", "--val_items=3"]
 NET = ["--model.encoder_channels=[4,4]", "--model.encoder_depth=[1,1]", "--model.op_dim=6", "--model.stem_channels=4"]
@@ -88,6 +89,18 @@ def test_heads_stand_on_their_encoders(runs):
         assert len(frozen) > 10 and all(torch.equal(above[name], below[name]) for name in frozen)
 
 
+def test_where_poses_begin(runs):
+    """From smooth functions and a mask of nearly one; a head on motion."""
+    basis = MODELS["autoencoder"].from_pretrained(runs / "pose_encode" / "model").operator.basis()
+    assert basis.mask.min() > 0.5
+    assert basis.functions[:, 0].std() < 0.1 * basis.functions[:, 0].mean().abs()
+    assert json.loads((runs / "pose_pred" / "model" / "config.json").read_text())["head_input"] == "motion"
+    for name in ("pose_encode", "pose_pred"):
+        options = json.loads((runs / name / "options.json").read_text())
+        train, val = (split_pairs(options, (0,), split) for split in ("train", "val"))
+        assert options["augment"] and train.augment and not val.augment
+
+
 def test_measures(runs):
     found = {name: json.loads((runs / name / "results.json").read_text()) for name in COMMANDS}
     assert sum(row["learned"] for row in found["laplacian"]["eigenspaces"].values()) == 16
@@ -140,7 +153,12 @@ def test_wrong_folders_and_numbers(runs, tmp_path, capsys):
     assert "wanted a run of niso.hmnist_encode, got one of niso.shrec_encode" in other
     assert "no shards in" in fails(capsys, "shrec_encode", f"--data_path={tmp_path / 'no'}", out)
     assert "op_dim: expected at most 16" in fails(capsys, "laplacian", "--size=4", "--model.op_dim=17", out)
+    for command, field in (("pose_pred", "op_dim"), ("hmnist_pred", "num_classes")):
+        backbone = f"--encoder={runs / command.replace('pred', 'encode')}"
+        error = fails(capsys, command, backbone, f"--model.{field}=5", out)
+        assert f"--model.{field}: wanted a head's own head_features, head_layers" in error
     assert "--lr: wanted a positive number" in fails(capsys, "laplacian", "--lr=0", out)
+    assert "--basis_lr: wanted a positive number" in fails(capsys, "pose_encode", "--basis_lr=0", out)
     assert "--frames: wanted at least 2" in fails(capsys, "pose_pred", "--frames=1", out)
     assert "--ckpt: no such file" in fails(capsys, "laplacian", f"--ckpt={tmp_path / 'no.ckpt'}", out)
     assert main(["train", "niso.nothing"]) == 2

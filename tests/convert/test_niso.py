@@ -113,6 +113,7 @@ def test_ours_there_and_back(tmp_path, name):
         ("classifier", "no biases in residual blocks; all modules of the equivariant layers"),
         ("classifier, upstream", None),
         ("operator alone", None),
+        ("pose, motion", "no biases in residual blocks; a head on motion"),
     ],
 )
 def test_a_warning_where_the_original_has_other_modules(tmp_path, recwarn, name, message):

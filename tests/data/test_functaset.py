@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import pickle
 import random
+import shutil
 import time
 from pathlib import Path
 
@@ -409,6 +410,8 @@ def test_another_recipe_model_or_data_set(whole, tmp_path):
         create(whole, Recipe("digits", 2, 5, AUGMENTATIONS["digits"], block=4))
     with pytest.raises(ValueError, match="begun with weights"):
         create(whole, seed=1)
+    with pytest.raises(ValueError, match="begun with inner_rate 0.01; give"):  # the same weights
+        create_functaset(model(inner_rate=0.02), datasets(), whole, RECIPE)
     with pytest.raises(ValueError, match="begun with signals"):
         create_functaset(model(), {**datasets(), "val": Images("val", 6)}, whole, RECIPE)
     with pytest.raises(ValueError, match=r"wanted images \(8, 8, 1\) as the field's, got \(8, 9, 1\)"):
@@ -416,6 +419,14 @@ def test_another_recipe_model_or_data_set(whole, tmp_path):
     with pytest.raises(ValueError, match="wanted at least one image in split val, got none"):
         create_functaset(model(), {"val": Images("val", 0)}, tmp_path / "b", RECIPE)
     assert not (tmp_path / "b").exists()
+
+
+def test_older_ones_that_have_no_config(whole, tmp_path):
+    out = shutil.copytree(whole, tmp_path / "old")
+    known = json.loads((out / "functaset.json").read_text())
+    assert known.pop("config") == model().config.to_dict()
+    (out / "functaset.json").write_text(json.dumps(known))
+    assert len(open_functaset(out, "val")) == 5 and create(out)["val"].signals == 5
 
 
 def test_a_fit_that_diverges(tmp_path):

@@ -1,5 +1,6 @@
 """Pairs and windows: what they show, and that they depend on the seed and the number alone."""
 
+import itertools
 import pickle
 from pathlib import Path
 
@@ -55,6 +56,7 @@ MAKERS = {
     "shapes": lambda **options: niso.ShapePairs(Source(shape=(4, 6, 8, 2)), **options),
     "warped shapes": lambda **options: niso.WarpedShapes(Source(), **options),
     "windows": lambda **options: niso.SequenceWindows(Videos(), 3, stride=2, **options),
+    "augmented windows": lambda **options: niso.SequenceWindows(Videos(), 3, augment=True, **options),
 }
 
 
@@ -161,6 +163,30 @@ def test_windows_fit_into_their_videos():
     assert [first[n]["poses"][:, 0, 3].tolist() for n in range(3)] == [[0, 1, 2, 3], [0, 3, 6, 9], [0, 2, 4, 6]]
     with pytest.raises(ValueError, match="video 0: wanted at least 6 frames, got 5"):
         niso.SequenceWindows(Videos(), 6, shuffle=False)[0]
+
+
+def test_windows_backwards_and_in_a_mirror():
+    """Each of the four ways, a quarter of the time; the mirror's cameras see the mirrored points where they are seen."""
+    windows = niso.SequenceWindows(Videos(), 3, augment=True)
+    ways = [(n[-1] > n[0], n[0] < 0 or n[-1] < 0) for n in (windows[i]["poses"][:, 0, 3].tolist() for i in range(200))]
+    assert all(20 < ways.count(way) < 80 for way in itertools.product((False, True), repeat=2))
+    generator = torch.Generator().manual_seed(0)
+    random = lambda *shape: torch.randn(*shape, generator=generator)
+    poses = torch.eye(4).repeat(5, 1, 1)
+    poses[:, :3, :3], poses[:, :3, 3] = torch.linalg.qr(random(5, 3, 3)).Q, random(5, 3)
+    intrinsics = torch.tensor([[1.2, 0, 0.375], [0, 1.5, 0.6], [0, 0, 1]]).repeat(5, 1, 1)
+    given = {"video": random(5, 4, 6, 3), "poses": poses, "intrinsics": intrinsics}
+    found = niso.mirrored(given)
+    assert torch.equal(found["video"], given["video"].flip(2))
+
+    def seen(window, points):
+        uv = (torch.linalg.inv(window["poses"]) @ points)[:, :3].mT @ window["intrinsics"].mT
+        return uv[..., :2] / uv[..., 2:]
+
+    points = torch.cat([random(3, 7), torch.ones(1, 7)])
+    there, mirror = seen(given, points), seen(found, points * torch.tensor([-1.0, 1, 1, 1])[:, None])
+    torch.testing.assert_close(mirror, there * torch.tensor([-1, 1]) + torch.tensor([1, 0]), rtol=1e-3, atol=1e-3)
+    assert same(niso.mirrored(found), given)
 
 
 def test_digits_in_the_middle_of_nothing():

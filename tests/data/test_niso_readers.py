@@ -11,7 +11,7 @@ import torch
 
 from fourdperf.data.co3d import open_co3d, world_from_pytorch3d
 from fourdperf.data.homnist import read_homnist
-from fourdperf.data.meshes import read_mesh
+from fourdperf.data.meshes import Mesh, read_mesh
 from fourdperf.data.shrec import Shrec, heat_kernel_signatures, rasterise
 from fourdperf.data.warps import sphere_grid
 
@@ -203,6 +203,9 @@ def test_heat_kernel_signatures(tmp_path):
     assert np.ptp(ball, 0).max() < 0.04 and abs(ball.mean() - 0.5) < 0.005  # h = 1 everywhere
     np.testing.assert_allclose(long, moved, atol=1e-6)
     assert long[4, 2] - long[0, 2] > 0.05  # the tips keep their heat
+    two = Mesh(np.concatenate([vertices, vertices + 3]), np.concatenate([faces, faces + len(vertices)]), {})
+    with pytest.raises(ValueError, match="cat/T1, copy 0: wanted a surface in one piece, got a second eigenvalue"):
+        heat_kernel_signatures(two, name="cat/T1, copy 0")
 
 
 def make_shrec(root, suffix=".off", classes=("ant", "cat"), shapes=4, copies=2, folders=("",)):

@@ -105,6 +105,15 @@ def test_ranks_are_disjoint_and_complete(tmp_path, ranks):
         Items(tmp_path, "train", 3, 4)
 
 
+def test_a_process_waits_for_the_others(tmp_path, monkeypatch):
+    others = []
+    monkeypatch.setattr(
+        niso_shards.time, "sleep", lambda seconds: others.append(create(tmp_path, rank=len(others) + 1, ranks=3))
+    )
+    assert create(tmp_path, ranks=3, wait=True) == 2 and others == [1, 1]
+    check(tmp_path)
+
+
 @pytest.mark.parametrize("stage", ["half written", "before its name"])
 def test_killed_between_shards_and_resumed(tmp_path, stage):
     context = multiprocessing.get_context("forkserver")

@@ -106,6 +106,7 @@ LIVE = {
     "classifier, upstream": {**UPSTREAM, **ENCODER, **HEAD, "kind": "classifier", "head_layers": 4},
     "pose": {**ENCODER, **POSES},
     "pose, upstream": {**UPSTREAM, **ENCODER, **POSES},
+    "pose, motion": {**ENCODER, **POSES, "latent_channels": 20, "op_dim": 16, "head_input": "motion"},
 }
 
 

@@ -54,6 +54,7 @@ def random(*shape, seed=1):
         ({**ENCODER, "image_size": 1, "kind": "pose"}, "image_size: expected at least 2 pixels each way"),
         ({"clustered": 1}, "clustered: expected True or False, got 1"),
         ({"kind": "pose", "head_layers": 1}, "head_layers: expected at least 2 for poses"),
+        ({"head_input": "flow"}, "head_input: expected one of tau, motion, got 'flow'"),
     ],
 )
 def test_config_errors(overrides, message):
@@ -135,6 +136,26 @@ def test_eigenspaces_are_kept():
     tau = made.isometry(random(2, 24, 30), random(2, 24, 30, seed=2), basis)
     assert tau[:, :3, 3:].abs().max() < 1e-10 and tau[:, 3:, :3].abs().max() < 1e-10
     assert (tau.mT @ tau - torch.eye(8)).abs().max() < 1e-12
+
+
+def test_motion():
+    """A field that moves as a whole moves every window as far; tau back in time is the opposite."""
+    grid = (16, 20)
+    made = IsometricOperator(320, 320).double()
+    basis = made.basis()
+    shift = torch.einsum("ij,kl->ikjl", torch.eye(16).roll(1, 0), torch.eye(20).roll(-1, 0)).reshape(320, 320).double()
+    tau = basis.functions.T @ shift @ basis.functions
+    motion = made.motion(tau[None], basis, grid)
+    assert motion.shape == (1, 2, 36)
+    inner = motion.unflatten(-1, (6, 6))[0, :, 2:4, 2:4]  # others see the field come back on the other side
+    wanted = torch.tensor([6 / 16, -6 / 20]).double()[:, None, None]
+    assert ((inner - wanted).abs() < 0.1 * wanted.abs()).all()
+    assert (made.motion(tau.T, basis, grid) + motion[0]).abs().max() < 1e-12
+    assert made.motion(torch.eye(320).double(), basis, grid).abs().max() == 0
+    windows, offsets = niso.gaussian_windows(grid, basis.functions)
+    assert windows.shape == (320, 36) and offsets.shape == (2, 320, 36)
+    assert windows.argmax(0)[[0, -1]].tolist() == [1 * 20 + 1, 14 * 20 + 18]
+    assert offsets.sum(1)[:, [0, -1]].sign().tolist() == [[1, -1], [1, -1]]  # cut off outside of the grid
 
 
 @pytest.mark.parametrize("clustered", [False, True])
@@ -346,6 +367,17 @@ def test_pose_loss_does_not_see_the_scale():
     assert niso_loss.pose_loss(still, poses)["loss"].isfinite()
 
 
+def test_the_scale_never_makes_positions_shorter():
+    """The gradient of each sequence's positions is across them: the smaller they are, the larger it is."""
+    a, b = random(3, 4, 3), random(3, 4, 3, seed=2).requires_grad_()
+    found, scaled = niso_loss.scale_procrustes(a, b)
+    assert (scaled.flatten(1).norm(dim=1) - a.flatten(1).norm(dim=1)).abs().max() < 1e-12
+    (gradient,) = torch.autograd.grad(found, b)
+    assert gradient.abs().amax((1, 2)).min() > 1e-3 and (gradient * b).sum((1, 2)).abs().max() < 1e-12
+    still, _ = niso_loss.scale_procrustes(torch.zeros_like(a), b)
+    assert torch.autograd.grad(still, b)[0].isfinite().all()
+
+
 @pytest.mark.parametrize("negative_scale", [False, True])
 def test_pose_loss_sees_which_way_the_camera_moves(negative_scale):
     """By default the opposite direction costs twice the positions' size and can be left; the original takes it."""
@@ -387,7 +419,21 @@ def test_on_a_frozen_backbone(cls, trained):
     model(given if cls is PosePredictor else given[:, 0]).square().sum().backward()
     moved = {key.split(".")[0] for key, x in model.named_parameters() if x.grad is not None}
     assert moved == ({"head", "operator"} if trained else {"head"})
+    assert all(x.grad is not None for x in model.parameters() if x.requires_grad)
     assert backbone.operator.M.data_ptr() != model.operator.M.data_ptr()
+
+
+def test_backwards_is_the_opposite_motion():
+    """By default a head sees motion: of the video run backwards, poses differ from standing still by the opposite."""
+    model = PosePredictor.on(build("autoencoder"), head_features=6).double()
+    assert model.config.head_input == "motion" and Config(**SMALL).head_input == "tau"
+    video, taps, back = random(2, 3, 12, 20, 3), {}, {}
+    model(video, taps)
+    model(video.flip(1), back)
+    still = torch.tensor(niso.STILL).double()
+    assert (taps["pose"] - still).abs().max() > 1e-3
+    assert difference(back["pose"].flip(1) - still, still - taps["pose"]) <= 1e-6
+    assert torch.equal(niso.lift_se3(still), torch.eye(4).double())
 
 
 def test_tau_between_frames():

@@ -1,6 +1,7 @@
 """Training of Neural Isometries: going on, two processes, what stops a run, and the measures against what is known."""
 
 import csv
+import json
 import math
 import subprocess
 import sys
@@ -20,6 +21,7 @@ pytest.importorskip("lightning")
 pytest.importorskip("sklearn")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+from fourdperf.train import niso_runs  # noqa: E402
 from fourdperf.train.evaluate_niso import (  # noqa: E402
     PlainNet,
     chain,
@@ -91,6 +93,13 @@ def test_killed_run_goes_on_as_if_nothing_had_happened(plain, tmp_path):
     assert same(tmp_path, plain)
 
 
+def test_going_on_in_another_folder(plain, tmp_path):
+    """It is a run as any other, with options and results."""
+    assert run(f"--out={tmp_path}", f"--ckpt={plain / 'last.ckpt'}", "--max_steps=8") == 0
+    assert json.loads((tmp_path / "options.json").read_text())["max_steps"] == 8
+    assert json.loads((tmp_path / "results.json").read_text())["steps"] == 8
+
+
 def test_two_processes_equal_one(plain, tmp_path):
     options = ("--batch_size=1", "--strategy=ddp", "--devices=2", f"--out={tmp_path}")
     done = subprocess.run(command(*options), env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
@@ -125,6 +134,13 @@ def test_nan_stops_the_run_and_the_last_checkpoint_is_good(plain, tmp_path, caps
     assert read_run(tmp_path / "last.ckpt")["global_step"] == 3
     assert run(f"--out={tmp_path}", f"--ckpt={tmp_path / 'last.ckpt'}") == 0
     assert same(tmp_path, plain)
+
+
+def test_what_validation_does_not_take_is_told_as_in_training():
+    model = Autoencoder(Config(image_size=8, channels=1, encoder_channels=(4,), encoder_depth=(1,), op_dim=4))
+    module = NisoTraining(model, encode_objective(0.5, 0.1), 10, lr=1e-3, final_lr=1e-4)
+    with pytest.raises(ValueError, match="step 0: a: expected finite numbers, .* The last checkpoint is good"):
+        module.validation_step((torch.full((2, 8, 8, 1), torch.nan), torch.rand(2, 8, 8, 1)), 0)
 
 
 def test_what_is_not_finite_is_named():
@@ -194,13 +210,31 @@ def test_evened_frequencies_are_as_strong_as_is_asked_for():
     assert evened(images, images, 0.0).square().mean() == pytest.approx(1, rel=1e-4)
 
 
-def test_mass_and_eigenvalues_have_their_own_rates():
+def test_processes_share_the_rendering(tmp_path, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(niso_runs, "write_shards", lambda *_, **options: asked.update(options))
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    niso_runs.prepare({"experiment": "pose_encode", "data_path": None, "videos": 2, "size": 8, "out": tmp_path})
+    assert (asked["rank"], asked["ranks"], asked["wait"]) == (1, 2, True)
+
+
+def test_slowest_waves():
+    """Orthonormal, the constant first, then those of half a wave, along the longer side before the other."""
+    waves = niso_runs.slowest_waves((6, 8), 48)
+    assert (waves.T @ waves - torch.eye(48)).abs().max() < 1e-5
+    first, across, down = waves[:, :3].unflatten(0, (6, 8)).unbind(-1)
+    assert first.std() < 1e-6 and across.std(0).max() < 1e-6 and down.std(1).max() < 1e-6
+    assert (across[0].diff() < 0).all() and (down[:, 0].diff() < 0).all()
+
+
+def test_functions_mass_and_eigenvalues_have_their_own_rates():
     model = Autoencoder(Config(image_size=4, channels=3, op_dim=4))
-    rates = {"lr": 1e-2, "final_lr": 1e-3, "mass_lr": 0.1, "eigenvalues_lr": 0.5}
+    rates = {"lr": 1e-2, "final_lr": 1e-3, "functions_lr": 0.2, "mass_lr": 0.1, "eigenvalues_lr": 0.5}
     module = NisoTraining(model, encode_objective(0.5, 0.1), 10, warmup_steps=5, **rates)
     groups = module.configure_optimizers()["optimizer"].param_groups
     found = {name: g["lr"] for g in groups for p in g["params"] for name, q in model.named_parameters() if p is q}
-    wanted = {"operator.Phi": 1e-3, "operator.M": 1e-4, "operator.Lambda": 5e-4}
+    wanted = {"operator.Phi": 2e-4, "operator.M": 1e-4, "operator.Lambda": 5e-4}
     assert found == pytest.approx(wanted)
 
 

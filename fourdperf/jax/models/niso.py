@@ -20,7 +20,7 @@ from fourdperf.convert.flax_tree import nested, unpacked
 from fourdperf.convert.niso import table
 from fourdperf.jax.models.layers import read_pretrained, tap
 from fourdperf.jax.ops import procrustes
-from fourdperf.models.niso import LENGTH_FLOOR, MASS_FLOOR, MODEL, MODELS, Config
+from fourdperf.models.niso import LENGTH_FLOOR, MASS_FLOOR, MODEL, MODELS, STILL, WINDOW_WIDTH, WINDOWS, Config
 from fourdperf.models.niso_nets import DAMPING_START, NEURON_EPS, NORM_EPS
 from fourdperf.train.niso_loss import NORM_EPS as LOSS_EPS
 from fourdperf.train.niso_loss import TEMPERATURE, TINY
@@ -86,6 +86,22 @@ class IsometricOperator(nn.Module):
     def isometry(self, a: Array, b: Array, basis: Basis) -> Array:
         """The rotation tau `(B, k, k)` of coefficients that takes fields a to b, both `(B, N, C)`."""
         return self.align(self.project(a, basis), self.project(b, basis), basis)
+
+    def motion(self, tau: Array, basis: Basis, grid: tuple[int, int]) -> Array:
+        """How far rotations tau `(.., k, k)` move windows on the grid, `(.., 2, W)`; see the PyTorch class."""
+        windows, offsets = gaussian_windows(grid)
+        a, q = self.project(windows, basis), self.project(offsets, basis)
+        moved = (tau - tau.mT) @ a
+        return jnp.einsum("okw,...kw->...ow", q, moved) / jnp.maximum(jnp.square(a).sum(0), LENGTH_FLOOR)
+
+
+def gaussian_windows(grid: tuple[int, int]) -> tuple[Array, Array]:
+    """Fields g `(N, W)` around W = 6 x 6 places evenly over the grid, and (x - place) g `(2, N, W)`."""
+    middles = lambda count: (jnp.arange(count) + 0.5) * (WINDOWS / count)
+    down, across = (middles(size)[:, None] - middles(WINDOWS) for size in grid)
+    offset = jnp.stack(jnp.broadcast_arrays(down[:, None, :, None], across[:, None])).reshape(2, -1, WINDOWS**2)
+    window = jnp.exp(jnp.square(offset).sum(0) / (-2 * WINDOW_WIDTH**2))
+    return window, offset * window
 
 
 def eigenvalue_mask(eigenvalues: Array) -> Array:
@@ -435,13 +451,20 @@ class PosePredictor(Model):
 
     def __call__(self, video: Array, taps: dict[str, Array] | None = None) -> Array:
         batch, frames = video.shape[:2]
-        basis = self.kernel.basis()
+        basis = jax.lax.stop_gradient(self.kernel.basis())
         fields = self.encode(video.reshape(-1, *video.shape[2:]), taps)
         coefficients = self.kernel.project(fields, basis)
         coefficients = coefficients.reshape(batch, frames, *coefficients.shape[1:])
         tau = jax.lax.stop_gradient(self.kernel.align(coefficients[:, :-1], coefficients[:, 1:], basis))
         tap(taps, "tau", tau)
-        pose = self.model(tau.reshape(batch, frames - 1, -1), taps)
+        if self.config.head_input == "tau":
+            pose = self.model(tau.reshape(batch, frames - 1, -1), taps)
+        else:
+            motion = self.kernel.motion(tau, basis, self.config.grid)
+            tap(taps, "motion", motion)
+            motion = motion.reshape(batch, frames - 1, -1)
+            ahead, back = self.model(jnp.stack([motion, -motion]), taps)
+            pose = jnp.array(STILL) + (ahead - back) / 2
         tap(taps, "pose", pose)
         return lift_se3(pose)
 
@@ -484,14 +507,13 @@ def orientation_loss(a: Array, b: Array) -> Array:
 
 
 def scale_procrustes(a: Array, b: Array, *, negative_scale: bool = False) -> tuple[Array, Array]:
-    """l1 between points a and s b, both `(B, T, 3)`, and s b; no gradient goes through s; see the PyTorch function."""
+    """l1 between points a and s b, both `(B, T, 3)`, and s b; see the PyTorch function."""
     size = jnp.maximum(jnp.square(b).sum((-2, -1), keepdims=True), TINY)
     if negative_scale:
-        scale = (a * b).sum((-2, -1), keepdims=True) / size
+        scale = jax.lax.stop_gradient((a * b).sum((-2, -1), keepdims=True) / size)
     else:
-        scale = jnp.sqrt(jax.lax.stop_gradient(jnp.square(a).sum((-2, -1), keepdims=True) / size))
-    scaled = jax.lax.stop_gradient(scale) * b
-    return l1(a, scaled), scaled
+        scale = jnp.linalg.norm(a, axis=(-2, -1), keepdims=True) / jnp.sqrt(size)
+    return l1(a, scale * b), scale * b
 
 
 def laplacian_loss(related: Related, a: Array, b: Array, *, beta: float) -> dict[str, Array]:
