@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fourdperf.ops import bilinear_sample
 from fourdperf.ops.bilinear_sample import BORDERS, COORDINATES, MODES
-from tests.harness import check_op, dtypes, same, strided, transposed
+from tests.harness import check_op, dtypes, opcheck, same, strided, transposed
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "functa"
 RULES = [
@@ -303,11 +303,11 @@ def test_registration(backend):
             points((2, 6, 2)).to(device, torch.float32).requires_grad_(),
         )
         d_out = sample((2, 6, 5)).to(device, dtype).requires_grad_()
-        torch.library.opcheck(op, (map, xy, *rule))
-        torch.library.opcheck(bwd, (d_out, map, xy, *rule, True, True))
+        opcheck(op, (map, xy, *rule), dtype)
+        opcheck(bwd, (d_out, map, xy, *rule, True, True), dtype)
         if mode == "bilinear":
             detached = [x.detach() for x in (sample((2, 3, 4, 5)).to(map), sample((2, 6, 2)).to(xy), d_out, map, xy)]
-            torch.library.opcheck(bwd_bwd, (*detached, *rule, True))
+            opcheck(bwd_bwd, (*detached, *rule, True), dtype)
 
 
 @pytest.mark.parametrize("backend", ["native", "triton", "eager"])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fourdperf.ops import bilinear_sample, modulated_sine, modulated_siren
 from fourdperf.ops.modulated_siren import MODES, MODULATE
-from tests.harness import check_op, dtypes, same, strided, transposed
+from tests.harness import check_op, dtypes, opcheck, same, strided, transposed
 
 NAN, INF = float("nan"), float("inf")
 RULES = [dict(modulate=modulate, mode=mode) for modulate, mode in itertools.product(MODULATE, MODES)]
@@ -245,17 +245,17 @@ def test_registration(backend):
     op, bwd, bwd_bwd = (
         getattr(torch.ops.fourdperf, f"modulated_sine{suffix}{order}") for order in ("", "_bwd", "_bwd_bwd")
     )
-    for dtype, rule in ((torch.float32, RULES[0]), (torch.bfloat16, RULES[5]), (torch.float32, RULES[3])):
+    for dtype, rule in ((torch.float32, RULES[0]), (torch.bfloat16, RULES[3]), (torch.float32, RULES[5])):
         shapes = (2, 6, 5), (2, 3, 4), (2, 6, 2)
         pre, map, xy = (x.to(device) for x in inputs(shapes, rule["modulate"], dtype))
         rule = 2.0, *rule.values()
         leaves = pre.requires_grad_(), map.requires_grad_(), xy.float()
         d_out = sample((2, 6, 5)).to(device, dtype).requires_grad_()
-        torch.library.opcheck(op, (*leaves, *rule))
-        torch.library.opcheck(bwd, (d_out, *leaves, *rule, True, True))
+        opcheck(op, (*leaves, *rule), dtype)
+        opcheck(bwd, (d_out, *leaves, *rule, True, True), dtype)
         plain = [x.detach() for x in (d_out, *leaves)]
-        torch.library.opcheck(bwd_bwd, (torch.ones_like(pre).detach(), None, *plain, *rule, True, True))
-        torch.library.opcheck(bwd_bwd, (None, torch.ones_like(map).detach(), *plain, *rule, False, True))
+        opcheck(bwd_bwd, (torch.ones_like(pre).detach(), None, *plain, *rule, True, True), dtype)
+        opcheck(bwd_bwd, (None, torch.ones_like(map).detach(), *plain, *rule, False, True), dtype)
 
 
 @pytest.mark.parametrize("backend", ["native", "triton", "eager"])
