@@ -1,6 +1,7 @@
 # `make demo` and `make test` need Python >= 3.11 (for JAX), GCC >= 11, and the network or a local index for pip.
 VENV ?= .venv
 PYTHON ?= python3
+JOBS ?= 2
 BIN := $(abspath $(VENV))/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -type f)
 # pip < 25.3 takes the versions of the build from the first variable, later ones from the second
@@ -13,11 +14,13 @@ PIP := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(BIN
 demo: $(VENV)/.installed
 	$(BIN)/fourdperf demo d4rt $(if $(VIDEO),--video "$(VIDEO)") --out demo_out
 
+# JOBS processes share the files of tests; JOBS=0 runs them in one, with all its threads
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
-test-all: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "heavy or not heavy" $(ARGS)
+# And those that take long or much memory, one at a time
+test-all: test
+	$(BIN)/python -m pytest -m heavy $(ARGS)
 
 # OP=resize times one; CSV=benchmarks/results/cpu.csv keeps the rows
 bench: $(VENV)/.installed

@@ -2,7 +2,10 @@
 
 import os
 
-import torch
+if "PYTEST_XDIST_WORKER" in os.environ:  # the other cores are the other workers'; read when torch is loaded
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -1,6 +1,7 @@
 """What the compilers made: no weak symbols across instruction sets, no spills in CUDA and Triton kernels."""
 
 import importlib
+import json
 import os
 import re
 import shutil
@@ -39,7 +40,7 @@ def test_no_symbol_of_one_instruction_set_can_serve_another(file):
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("arch", [pytest.param("sm_80", marks=pytest.mark.heavy), "sm_90"])
 @pytest.mark.parametrize("source", CUDA_SOURCES, ids=lambda file: file.stem)
 def test_cuda_kernels_spill_nothing(source, arch, tmp_path):
     """ptxas' own report: no spills; no stack in the hot kernels (those without a <tables> role: *_totals/_weights)."""
@@ -72,41 +73,59 @@ def test_cuda_kernels_spill_nothing(source, arch, tmp_path):
 
 
 AOT = """
-import importlib, subprocess, sys, tempfile
+import importlib, json, subprocess, sys, tempfile, traceback
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-op, arch, cuobjdump = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-count = 0
-for kernel, signature, constexprs, options in importlib.import_module(f"fourdperf.kernels.{op}").aot():
-    compiled = triton.compile(ASTSource(fn=kernel, signature=signature, constexprs=constexprs),
-                              target=GPUTarget("cuda", arch, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True).stdout
-    line = next(line for line in usage.splitlines() if "REG:" in line)
-    fields = dict(field.split(":") for field in line.split() if field.count(":") == 1)
-    assert fields["STACK"] == "0" and fields["LOCAL"] == "0", f"{kernel.__name__} {constexprs}: {line}"
-    count += 1
-assert count, "aot() yields no kernel"
-print(count)
+
+def check(op, arch):
+    count = 0
+    for kernel, signature, constexprs, options in importlib.import_module(f"fourdperf.kernels.{op}").aot():
+        compiled = triton.compile(ASTSource(fn=kernel, signature=signature, constexprs=constexprs),
+                                  target=GPUTarget("cuda", arch, 32), options=options)
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            usage = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True).stdout
+        line = next(line for line in usage.splitlines() if "REG:" in line)
+        fields = dict(field.split(":") for field in line.split() if field.count(":") == 1)
+        assert fields["STACK"] == "0" and fields["LOCAL"] == "0", f"{kernel.__name__} {constexprs}: {line}"
+        count += 1
+    assert count, "aot() yields no kernel"
+
+
+(cuobjdump, *ops), errors = sys.argv[1:], {}
+for op in ops:
+    for arch in (80, 90):
+        errors[f"{op} sm_{arch}"] = None
+        try:
+            check(op, arch)
+        except Exception:
+            errors[f"{op} sm_{arch}"] = traceback.format_exc()
+print(json.dumps(errors))
 """
+KERNELS = [op for op in OPS if (ROOT / f"kernels/{op}.py").exists()]
 
 
-@pytest.mark.parametrize("arch", [80, 90], ids=lambda arch: f"sm_{arch}")
-@pytest.mark.parametrize("op", [op for op in OPS if (ROOT / f"kernels/{op}.py").exists()])
-def test_triton_kernels_compile_without_spills(op, arch):
+@pytest.fixture(scope="module")
+def triton_errors():
+    """What went wrong with "<op> sm_<arch>", or None; one process compiles all, as Triton takes seconds to load."""
     pytest.importorskip("triton")
     tool = cuobjdump()
     if tool is None:
         pytest.skip("no cuobjdump, neither in triton nor on PATH")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", AOT, op, str(arch), tool], capture_output=True, text=True, env=environment
-    )
+    done = subprocess.run([sys.executable, "-c", AOT, tool, *KERNELS], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("op", KERNELS)
+def test_triton_kernels_compile_without_spills(op, arch, triton_errors):
+    error = triton_errors[f"{op} {arch}"]
+    assert error is None, error[-3000:]
 
 
 def test_import_is_quiet_and_needs_little():

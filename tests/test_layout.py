@@ -35,7 +35,7 @@ SHARED = (
 OF_TOKENIZER = ("maskgit_vqgan", "titok", "token_generator")  # one converter and test file with tokenizer.py
 FOR_TRAINING = ("discriminators", "encoder_init", "encoder_weights", "image_mae", "perceptual")  # in PyTorch alone
 APART = (*SHARED, *OF_TOKENIZER, *FOR_TRAINING)
-MODELS = [file.stem for file in (ROOT / "fourdperf/models").glob("*.py") if file.stem not in APART]
+MODELS = [file.stem for file in sorted((ROOT / "fourdperf/models").glob("*.py")) if file.stem not in APART]
 
 
 @pytest.mark.parametrize("op", OPS)

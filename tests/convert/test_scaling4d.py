@@ -274,12 +274,12 @@ def test_one_array_is_in_memory_at_a_time(tmp_path, monkeypatch):
 
 
 MEASURE = """
-import json, resource, sys
+import json, sys
+from fourdperf.cli.measure import peak_memory
 from fourdperf.convert import scaling4d
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-before = peak()
+before = peak_memory()
 getattr(scaling4d, sys.argv[1])(sys.argv[2], sys.argv[3])
-print(json.dumps(peak() - before))
+print(json.dumps(peak_memory() - before))
 """
 
 

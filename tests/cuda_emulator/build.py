@@ -7,6 +7,7 @@ A .cu file becomes C++ by three substitutions:
 """
 
 import concurrent.futures
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -95,16 +96,23 @@ def build(folder: Path = ROOT / "build" / "cuda_emulator"):
     library = folder / f"_cuda-{stamp}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as work:
-            sources = [Path(work, kernel.stem + ".cpp") for kernel in kernels]
-            for source, kernel in zip(sources, kernels):
-                source.write_text(translate(kernel.read_text()))
-            link([*sources, ROOT / "csrc" / "bindings.cpp"], Path(work))
-            os.replace(Path(work, "library.so"), library)
+        with open(folder / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # pytest's other processes wait for this one's
+            if not library.exists():
+                _build(kernels, library)
     spec = importlib.util.spec_from_file_location("_cuda", library)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def _build(kernels: list[Path], library: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=library.parent) as work:
+        sources = [Path(work, kernel.stem + ".cpp") for kernel in kernels]
+        for source, kernel in zip(sources, kernels):
+            source.write_text(translate(kernel.read_text()))
+        link([*sources, ROOT / "csrc" / "bindings.cpp"], Path(work))
+        os.replace(Path(work, "library.so"), library)
 
 
 def link(sources: list[Path], folder: Path) -> Path:

@@ -96,6 +96,26 @@ def tree(parameters: dict[str, np.ndarray]) -> dict:
     return nested
 
 
+def flax_apply(model, variables: dict, arrays: dict, taps: dict | None = None, **options):
+    """`model.apply(variables, **arrays, taps=taps, **options)` as one program: op by op, XLA compiles each op for each
+    shape. `taps` are filled in the model's order."""
+    import jax
+
+    order = []
+
+    @jax.jit
+    def apply(variables, arrays):
+        found = {}
+        out = model.apply(variables, **arrays, **options, **({} if taps is None else {"taps": found}))
+        order.extend(found)  # jit sorts what it gives back
+        return out, found
+
+    out, found = apply(variables, arrays)
+    if taps is not None:
+        taps.update({name: found[name] for name in order})
+    return out
+
+
 def difference(actual, expected) -> float:
     """max |actual - expected| / max |expected|; shapes must be equal."""
     actual, expected = (

@@ -235,9 +235,15 @@ def test_the_order_changes_the_gradient_and_nothing_else():
 def test_flax_initialises_the_same_parameters(name):
     model, latent, _, coords = build(name)
     flax_model, variables = to_flax(model)
-    init = lambda key: flax_model.init(key, latent.numpy(), coords.numpy())
-    made = jax.jit(init)(jax.random.key(0))
+    made = jax.eval_shape(flax_model.init, jax.random.key(0), latent.numpy(), coords.numpy())
     assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, variables)
+
+
+@pytest.mark.parametrize("name", ["linear, both", "all rates, clipped", "voxels"])
+def test_flax_initialises_parameters_to_the_same_size(name):
+    model, latent, _, coords = build(name)
+    flax_model = flax_functa.Functa(model.config)
+    made = jax.jit(flax_model.init)(jax.random.key(0), latent.numpy(), coords.numpy())
     start = in_flax(model, Functa(model.config).state_dict())
     for key, x in flat(made["params"]).items():
         if key == "lrs/lrs":

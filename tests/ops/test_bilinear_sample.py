@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fourdperf.ops import bilinear_sample
 from fourdperf.ops.bilinear_sample import BORDERS, COORDINATES, MODES
-from tests.harness import check_op, dtypes, same, strided, transposed
+from tests.harness import check_op, dtypes, opcheck, same, strided, transposed
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "functa"
 RULES = [
@@ -119,7 +119,13 @@ def test_second_order_of_the_rules(rule, target):
         assert torch.allclose(a, b, rtol=0, atol=1e-12)
 
 
-GRADCHECKS = [*itertools.product(("eager", "native"), SOME_RULES), ("triton", RULES[7])]
+# Native and Triton with few: their second order is compared with eager's, rule by rule
+GRADCHECKS = [
+    *itertools.product(["eager"], SOME_RULES),
+    ("native", RULES[11]),
+    ("native", RULES[17]),
+    ("triton", RULES[7]),
+]
 
 
 @pytest.mark.parametrize(
@@ -131,12 +137,12 @@ def test_gradcheck(backend, rule):
     map = sample((1, 2, 2, 1) if small else (1, 3, 4, 2)).to(device).requires_grad_()
     xy = points((1, 2 if small else 3, 2), rule["coordinates"], seed=3).to(device).requires_grad_()
     function = lambda map, xy: bilinear_sample(map, xy, **rule, backend=backend)
-    assert torch.autograd.gradcheck(function, (map, xy))
-    assert torch.autograd.gradgradcheck(function, (map, xy))
+    assert torch.autograd.gradcheck(function, (map, xy), fast_mode=small)
+    assert torch.autograd.gradgradcheck(function, (map, xy), fast_mode=small)
     only_map = lambda map: bilinear_sample(map, xy.detach(), **rule, backend=backend) ** 2
-    assert torch.autograd.gradgradcheck(only_map, map)
+    assert torch.autograd.gradgradcheck(only_map, map, fast_mode=small)
     only_xy = lambda xy: bilinear_sample(map.detach(), xy, **rule, backend=backend) ** 2
-    assert torch.autograd.gradgradcheck(only_xy, xy)
+    assert torch.autograd.gradgradcheck(only_xy, xy, fast_mode=small)
 
 
 @pytest.mark.parametrize("backend", ["eager", "native"])
@@ -303,11 +309,11 @@ def test_registration(backend):
             points((2, 6, 2)).to(device, torch.float32).requires_grad_(),
         )
         d_out = sample((2, 6, 5)).to(device, dtype).requires_grad_()
-        torch.library.opcheck(op, (map, xy, *rule))
-        torch.library.opcheck(bwd, (d_out, map, xy, *rule, True, True))
+        opcheck(op, (map, xy, *rule), dtype)
+        opcheck(bwd, (d_out, map, xy, *rule, True, True), dtype)
         if mode == "bilinear":
             detached = [x.detach() for x in (sample((2, 3, 4, 5)).to(map), sample((2, 6, 2)).to(xy), d_out, map, xy)]
-            torch.library.opcheck(bwd_bwd, (*detached, *rule, True))
+            opcheck(bwd_bwd, (*detached, *rule, True), dtype)
 
 
 @pytest.mark.parametrize("backend", ["native", "triton", "eager"])
@@ -398,7 +404,7 @@ def test_jax_batches_and_dtypes():
             second = jax.grad(lambda m, p: sum((g**2).sum() for g in jax.grad(loss, (0, 1))(m, p)), (0, 1))
             inner = jax.vmap(second, in_axes=(0, None))  # over the maps of m[:, i], one set
             arguments = m.swapaxes(0, 1) if in_dims[0] == 0 else m[:, 0], p if in_dims[1] == 0 else p[0]
-            both.append(jax.vmap(inner, in_axes=in_dims)(*arguments))
+            both.append(jax.jit(jax.vmap(inner, in_axes=in_dims))(*arguments))
         for a, b in zip(*both):
             assert a.shape == b.shape and np.allclose(a, b, rtol=1e-4, atol=1e-2)
     for dtype in ("bfloat16", "float16"):
@@ -451,7 +457,7 @@ def test_deterministic_algorithms(backend):
     """d_map summed cell by cell agrees with the sum by atomics (a GPU; Triton also in its interpreter)."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for rule in SOME_RULES[::2]:
-        map, xy = sample((2, 3, 4, 3)).to(device), points((2, 12, 2), rule["coordinates"], beyond=1.3).to(device)
+        map, xy = sample((2, 2, 3, 3)).to(device), points((2, 7, 2), rule["coordinates"]).to(device)
         xy[0, 0] = NAN
         leaves = map.requires_grad_(), xy.requires_grad_()
         function = lambda *args: bilinear_sample(*args, **rule, backend=backend)

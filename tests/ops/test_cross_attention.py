@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fourdperf.ops import cross_attention, cross_attention_eager, use_backend
 from tests.conftest import in_use
-from tests.harness import EMULATED, TARGETS, Target, check_op, dtypes, strided, transposed
+from tests.harness import EMULATED, TARGETS, Target, check_op, dtypes, opcheck, strided, transposed
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "d4rt"
 
@@ -233,12 +233,18 @@ def test_nan_and_infinity_arrive(target):
 
 
 def test_queries_and_threads_are_independent():
-    """On the CPU a query's result is the same bits, whatever stands beside it and however many threads there are."""
+    """On the CPU a query's result is the same bits, whatever stands beside it and however many threads there are; so are
+    gradients, but for what stands beside it."""
     before = torch.get_num_threads()
     for dtype in (torch.float32, torch.bfloat16):
         x = inputs(1, 150, 300, 2, 64)
         q, k, v = (x[name].to(dtype) for name in "qkv")
-        want = cross_attention(q, k, v, backend="native")
+
+        def gradients():
+            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+            return torch.autograd.grad(cross_attention(*leaves, backend="native").square().sum(), leaves)
+
+        want, wanted = cross_attention(q, k, v, backend="native"), gradients()
         for chunk in (1, 7, 64, 149):
             parts = [cross_attention(part, k, v, backend="native") for part in q.split(chunk, 1)]
             assert torch.equal(torch.cat(parts, 1), want)
@@ -246,6 +252,7 @@ def test_queries_and_threads_are_independent():
             for threads in (1, 3, 7):
                 torch.set_num_threads(threads)
                 assert torch.equal(cross_attention(q, k, v, backend="native"), want)
+                assert all(torch.equal(a, b) for a, b in zip(gradients(), wanted))
         finally:
             torch.set_num_threads(before)
 
@@ -267,10 +274,10 @@ def test_derivatives_and_registration(backend):
     op, d_op = getattr(torch.ops.fourdperf, name), getattr(torch.ops.fourdperf, name + "_backward")
     for dtype in (torch.float32, torch.bfloat16):
         leaves = [y.detach().to(dtype).requires_grad_() for y in leaves]
-        torch.library.opcheck(op, (*leaves, mask, 0.5))
-        torch.library.opcheck(op, (*leaves, None, 0.5))
+        opcheck(op, (*leaves, mask, 0.5), dtype)
+        opcheck(op, (*leaves, None, 0.5), dtype)
         out, stats = (y.detach() for y in op(*leaves, mask, 0.5))
-        torch.library.opcheck(d_op, (out, *(y.detach() for y in leaves), mask, stats, 0.5))
+        opcheck(d_op, (out, *(y.detach() for y in leaves), mask, stats, 0.5), dtype)
 
 
 @pytest.mark.parametrize("backend", ["native", "triton", "eager"])

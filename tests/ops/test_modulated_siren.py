@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fourdperf.ops import bilinear_sample, modulated_sine, modulated_siren
 from fourdperf.ops.modulated_siren import MODES, MODULATE
-from tests.harness import check_op, dtypes, same, strided, transposed
+from tests.harness import check_op, dtypes, opcheck, same, strided, transposed
 
 NAN, INF = float("nan"), float("inf")
 RULES = [dict(modulate=modulate, mode=mode) for modulate, mode in itertools.product(MODULATE, MODES)]
@@ -94,9 +94,10 @@ def test_second_order_agrees_with_eager(rule, which, dtype, target):
             assert (a - c).abs().max() <= allowed, (name, shapes)
 
 
+# Native and Triton with few: their second order is compared with eager's, rule by rule
 @pytest.mark.parametrize(
     "backend, rule",
-    [*itertools.product(("eager", "native"), RULES), ("triton", RULES[5])],
+    [*itertools.product(["eager"], RULES), ("native", RULES[0]), ("native", RULES[5]), ("triton", RULES[5])],
     ids=lambda v: v if isinstance(v, str) else "-".join(v.values()),
 )
 def test_gradcheck(backend, rule):
@@ -106,10 +107,10 @@ def test_gradcheck(backend, rule):
     pre, map, xy = (x.to(device) for x in inputs(shapes, rule["modulate"]))
     function = lambda pre, map: modulated_sine(pre, map, xy, omega=2.0, **rule, backend=backend)
     leaves = pre.requires_grad_(), map.requires_grad_()
-    assert torch.autograd.gradcheck(function, leaves)
-    assert torch.autograd.gradgradcheck(function, leaves)
-    assert torch.autograd.gradgradcheck(lambda pre: function(pre, map.detach()), pre)
-    assert torch.autograd.gradgradcheck(lambda map: function(pre.detach(), map), map)
+    assert torch.autograd.gradcheck(function, leaves, fast_mode=small)
+    assert torch.autograd.gradgradcheck(function, leaves, fast_mode=small)
+    assert torch.autograd.gradgradcheck(lambda pre: function(pre, map.detach()), pre, fast_mode=small)
+    assert torch.autograd.gradgradcheck(lambda map: function(pre.detach(), map), map, fast_mode=small)
 
 
 @rules
@@ -245,17 +246,17 @@ def test_registration(backend):
     op, bwd, bwd_bwd = (
         getattr(torch.ops.fourdperf, f"modulated_sine{suffix}{order}") for order in ("", "_bwd", "_bwd_bwd")
     )
-    for dtype, rule in ((torch.float32, RULES[0]), (torch.bfloat16, RULES[5]), (torch.float32, RULES[3])):
+    for dtype, rule in ((torch.float32, RULES[0]), (torch.bfloat16, RULES[3]), (torch.float32, RULES[5])):
         shapes = (2, 6, 5), (2, 3, 4), (2, 6, 2)
         pre, map, xy = (x.to(device) for x in inputs(shapes, rule["modulate"], dtype))
         rule = 2.0, *rule.values()
         leaves = pre.requires_grad_(), map.requires_grad_(), xy.float()
         d_out = sample((2, 6, 5)).to(device, dtype).requires_grad_()
-        torch.library.opcheck(op, (*leaves, *rule))
-        torch.library.opcheck(bwd, (d_out, *leaves, *rule, True, True))
+        opcheck(op, (*leaves, *rule), dtype)
+        opcheck(bwd, (d_out, *leaves, *rule, True, True), dtype)
         plain = [x.detach() for x in (d_out, *leaves)]
-        torch.library.opcheck(bwd_bwd, (torch.ones_like(pre).detach(), None, *plain, *rule, True, True))
-        torch.library.opcheck(bwd_bwd, (None, torch.ones_like(map).detach(), *plain, *rule, False, True))
+        opcheck(bwd_bwd, (torch.ones_like(pre).detach(), None, *plain, *rule, True, True), dtype)
+        opcheck(bwd_bwd, (None, torch.ones_like(map).detach(), *plain, *rule, False, True), dtype)
 
 
 @pytest.mark.parametrize("backend", ["native", "triton", "eager"])
@@ -359,7 +360,7 @@ def test_deterministic_algorithms(backend):
     """d_map summed cell by cell agrees with the sum by atomics (a GPU; Triton also in its interpreter)."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for rule in RULES[1:5:3] + RULES[5:]:
-        pre, map, xy = (x.to(device) for x in inputs(((2, 12, 3), (2, 3, 4), (2, 12, 2)), rule["modulate"]))
+        pre, map, xy = (x.to(device) for x in inputs(((2, 7, 3), (2, 2, 3), (2, 7, 2)), rule["modulate"]))
         xy[0, 0] = NAN
         pre, map, both = pre.requires_grad_(), map.requires_grad_(), []
         function = lambda pre, map: modulated_sine(pre, map, xy, omega=2.0, **rule, backend=backend)
@@ -382,7 +383,8 @@ def test_jax(rule, backend):
     from fourdperf.jax import ops as jax_ops
 
     numpy = lambda x: jnp.asarray(x.detach().numpy())
-    for shapes in (SHAPES["odd"], ((9, 4), (3, 1, 2), (3, 9, 2))):
+    shared = [((9, 4), (3, 1, 2), (3, 9, 2))] if rule in (RULES[0], RULES[5]) else []
+    for shapes in (SHAPES["odd"], *shared):
         pre, map, xy = inputs(shapes, rule["modulate"], torch.float32)
         run = lambda pre, map: modulated_sine(pre, map, xy, omega=3.0, **rule, backend="eager")
         want = run(pre, map), *second_order(run, pre, map)

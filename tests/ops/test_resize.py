@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fourdperf.ops import resize, use_backend
 from fourdperf.ops.resize import METHODS
-from tests.harness import check_op, dtypes, strided, transposed
+from tests.harness import check_op, dtypes, opcheck, strided, transposed
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "scaling4d"
 
@@ -161,7 +161,7 @@ def test_derivatives_and_registration(backend):
     op = torch.ops.fourdperf.resize if backend == "native" else torch.ops.fourdperf.resize_triton
     for dtype in (torch.float32, torch.bfloat16):
         x = sample((2, 8, 3, 4)).to(device, dtype).requires_grad_()
-        torch.library.opcheck(op, (x, [16, 3], [1, 3], "cubic", True, False))
+        opcheck(op, (x, [16, 3], [1, 3], "cubic", True, False), dtype)
 
 
 @pytest.mark.parametrize("backend", ["native", "triton", "eager"])

@@ -176,11 +176,12 @@ def test_gradients(backend, metric):
         found = vector_quantize(z, codebook, metric=metric, backend=backend)
         return found.commitment, found.codebook
 
+    fast = backend == "triton"  # random directions: the interpreter is slow
     # both losses have gradients for one argument alone, whatever finite differences say
     for i, (first, second) in enumerate([(z, codebook.detach()), (codebook, z.detach())]):
         function = (lambda x: losses(x, second)[0]) if i == 0 else (lambda x: losses(second, x)[1])
-        assert torch.autograd.gradcheck(function, (first,))
-        assert torch.autograd.gradgradcheck(function, (first,))
+        assert torch.autograd.gradcheck(function, (first,), fast_mode=fast)
+        assert torch.autograd.gradgradcheck(function, (first,), fast_mode=fast)
 
 
 @backends
@@ -191,7 +192,9 @@ def test_code_sums(backend):
     assert torch.equal(code_sums(x[:0], indices[:0].int(), 9, backend=backend), torch.zeros(9, 5, dtype=torch.float64))
     x.requires_grad_()
     function = lambda x: code_sums(x, indices, 9, backend=backend).sin()
-    assert torch.autograd.gradcheck(function, (x,)) and torch.autograd.gradgradcheck(function, (x,))
+    fast = backend == "triton"
+    assert torch.autograd.gradcheck(function, (x,), fast_mode=fast)
+    assert torch.autograd.gradgradcheck(function, (x,), fast_mode=fast)
 
 
 @dtypes
@@ -249,7 +252,7 @@ def test_forward_mode():
     assert torch.equal(torch.func.jvp(function, (z,), (torch.ones_like(z),))[1], torch.ones_like(z))
 
 
-@pytest.mark.parametrize("backend", ["eager", "native"])
+@pytest.mark.parametrize("backend", ["native", pytest.param("eager", marks=pytest.mark.heavy)])
 def test_compiled(backend):
     z, codebook = (x.float().requires_grad_() for x in apart(12, 5, 4))
 

@@ -85,6 +85,7 @@ def command(*options) -> list[str]:
     return [sys.executable, "-m", "fourdperf", "train", "niso.hmnist_encode", *TINY, *map(str, options)]
 
 
+@pytest.mark.heavy
 def test_killed_run_goes_on_as_if_nothing_had_happened(plain, tmp_path):
     """kill -9 after the first checkpoint, wherever the run is then."""
     kill_after_checkpoint(command(f"--out={tmp_path}"), tmp_path)

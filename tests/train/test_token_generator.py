@@ -154,14 +154,8 @@ def as_two(tokenizer, out, *more) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(
-    "strategy",
-    [
-        "ddp",
-        pytest.param("fsdp", marks=pytest.mark.heavy),
-        pytest.param("fsdp --model.kind=uvit", marks=pytest.mark.heavy),
-    ],
-)
+@pytest.mark.heavy
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "fsdp --model.kind=uvit"])
 def test_two_processes(tokenizer, data, tmp_path, strategy):
     """And one goes on from what two have written."""
     more = (f"--data_path={data}", "--val_every=3", *f"--strategy={strategy}".split())
@@ -189,15 +183,19 @@ def test_parameters_in_parts_move_as_whole_ones(tokenizer, data, tmp_path, kind)
 
 
 def test_two_processes_validate_as_one(tokenizer, tmp_path):
-    """On pictures of which one process has three and the other two, in batches of two, with masks of their own."""
+    """On pictures of which one process has three and the other two, in batches of two, with masks of their own; and one
+    goes on from what two have written."""
     for split, count in (("train", 8), ("val", 5)):
         write_pictures(tmp_path / "data" / split / "day", count, 24)
-    more = (f"--data_path={tmp_path / 'data'}", "--lr=1e-12", "--max_steps=1", "--val_items=5", "--model.dropout=0")
-    assert main(arguments(tokenizer, tmp_path / "one", *more)) == 0
-    as_two(tokenizer, tmp_path / "two", *more, "--batch_size=2", "--strategy=ddp")
-    (one,), (two,) = (curve(tmp_path / name, "val") for name in ("one", "two"))
-    assert one.keys() == two.keys() == {"step", "loss", "accuracy"}
-    assert all(float(two[name]) == pytest.approx(float(value), rel=1e-5) for name, value in one.items())
+    more = (f"--data_path={tmp_path / 'data'}", "--lr=1e-12", "--val_every=1", "--val_items=5", "--model.dropout=0")
+    assert main(arguments(tokenizer, tmp_path / "one", *more, "--max_steps=2")) == 0
+    as_two(tokenizer, tmp_path / "two", *more, "--max_steps=2", "--batch_size=2", "--strategy=ddp")
+    for one, two in zip(*(curve(tmp_path / name, "val") for name in ("one", "two")), strict=True):
+        assert one.keys() == two.keys() == {"step", "loss", "accuracy"}
+        assert all(float(two[name]) == pytest.approx(float(value), rel=1e-5) for name, value in one.items())
+    rows, ckpt = curve(tmp_path / "two"), f"--ckpt={tmp_path / 'two' / 'last.ckpt'}"
+    assert main(arguments(tokenizer, tmp_path / "two", *more, "--max_steps=4", ckpt)) == 0
+    assert len(rows) == 2 and curve(tmp_path / "two")[:2] == rows and len(curve(tmp_path / "two")) == 4
 
 
 def fails(capsys, *options) -> str:

@@ -116,6 +116,7 @@ def test_time_limit_and_going_on(data, plain, tmp_path):
     assert same(tmp_path, plain)
 
 
+@pytest.mark.heavy
 def test_killed_run_goes_on_as_if_nothing_had_happened(data, plain, tmp_path):
     """kill -9 after the first checkpoint, which has the discriminator, both optimisers and LeCam's means."""
     kill_after_checkpoint(command(data, tmp_path, *FULL), tmp_path)
@@ -150,7 +151,10 @@ def test_accumulated_batches_equal_one(data, tmp_path, options):
     assert alike(tmp_path / "one", tmp_path / "four")
 
 
-@pytest.mark.parametrize("options", [ALONE, FIXED], ids=["alone", "against a discriminator"])
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param(ALONE, marks=pytest.mark.heavy, id="alone"), pytest.param(FIXED, id="against a discriminator")],
+)
 def test_two_processes_equal_one(data, tmp_path, options):
     whole = ("--loss.entropy=0", "--loss.entropy_final=0", "--ema=0.5", "--accumulate_grad_batches=2")
     assert train(data, tmp_path / "one", *options, *whole, "--batch_size=2") == 0
