@@ -230,6 +230,22 @@ def test_bad_input(call, message):
         call(torch.zeros(2, 3, 5))
 
 
+def test_triton_launches_fit_the_grid(monkeypatch):
+    """CUDA's second and third axis end at 65535 programs."""
+    kernels, grids = pytest.importorskip("fourdperf.kernels.resize"), []
+
+    class Recorded:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *args, **options: None
+
+    for name in ("resize_wide_kernel", "resize_narrow_kernel"):
+        monkeypatch.setattr(kernels, name, Recorded())
+    for outer, rows in ((2, 8 * 65535), (1, 8 * 65535 + 1), (65536, 3)):
+        kernels.resize_axis(torch.empty(0), None, outer, 2, rows, 32, 1, False, False)
+    assert [len(grid) for grid in grids] == [3, 1, 1] and max(grids[0][1:]) == 65535
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_fuzz(data):
@@ -273,3 +289,12 @@ def test_more_than_2_to_the_31_elements():
         and (out[1, -64:] == 0.5).all()
         and (out[:, :64] == 0).all()
     )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_more_than_2_to_the_31_elements_on_a_gpu(backend):
+    x = torch.zeros(4, 2**30 + 64, dtype=torch.bfloat16, device="cuda")
+    x[3, -64:] = 1
+    out = resize(x, 1, 0, method="linear", backend=backend)
+    assert ((out[0, -64:] - 5 / 24).abs() < 1e-3).all() and not out[0, :-64].any()
