@@ -1,10 +1,10 @@
 """Times an op or model against the best alternatives of a user, in one process and interleaved.
 
 A case holds providers: functions without arguments that compute the same thing. Before anything is timed their answers
-must agree with the first provider's; a wrong answer is not timed. Each round runs every provider once, so slow phases of
-a shared machine hit all alike; printed are p20, p50 and p80 over the rounds, the ratio of medians to the first provider,
-GB/s (bytes read + written) or TFLOP/s with the share of the roof measured in the same run, and peak memory above what was
-allocated before.
+must agree with the first provider's; a wrong answer is not timed, nor is a provider that fails. Each round runs every
+provider once, so slow phases of a shared machine hit all alike; printed are p20, p50 and p80 over the rounds, the ratio of
+medians to the first provider, GB/s (bytes read + written) or TFLOP/s with the share of the roof measured in the same run,
+and peak memory above what was allocated before.
 """
 
 import contextlib
@@ -223,7 +223,12 @@ def run(case: Case, roof: dict, rounds: int = 15, seconds: float = 3.0) -> list[
         if isinstance(function, str):
             rows[name].note = function
             continue
-        out = function()
+        try:
+            out = function()
+            _wait(out)
+        except Exception as error:  # out of memory, not for this device ...: the others are timed all the same
+            rows[name].note = f"FAILED: {error!r:.200}"
+            continue
         if ours is None:
             ours = out
         elif (error := disagreement(ours, out)) > case.tolerance:
@@ -231,6 +236,8 @@ def run(case: Case, roof: dict, rounds: int = 15, seconds: float = 3.0) -> list[
             continue
         rows[name].peak_mb = peak_megabytes(function)
         runnable[name] = function
+    if not runnable:
+        return list(rows.values())
     took = {name: _seconds(function, 1) for name, function in runnable.items()}
     repeats = {name: max(1, int(2e-3 / max(once, 1e-9))) for name, once in took.items()}
     times: dict[str, list[float]] = {name: [] for name in runnable}
@@ -242,7 +249,7 @@ def run(case: Case, roof: dict, rounds: int = 15, seconds: float = 3.0) -> list[
             if before > LONG:
                 _settle()
             if before > LONG or took[name] < SHORT:
-                function()  # its data are in the caches, its threads awake
+                _wait(function())  # its data are in the caches, its threads awake
             times[name].append(_seconds(function, repeats[name]))
             before = times[name][-1]
     first = next(iter(runnable))
@@ -261,10 +268,14 @@ def run(case: Case, roof: dict, rounds: int = 15, seconds: float = 3.0) -> list[
 
 
 def report(
-    cases: Iterable[Case], device: str, rounds: int = 15, csv_file: Path | None = None
-) -> tuple[dict, list[Row]]:
-    """Runs the cases, printing each as it is done and appending its rows to `csv_file`; returns what ran (machine and
-    roofs) and all rows."""
+    cases: Iterable[Case],
+    device: str,
+    rounds: int = 15,
+    csv_file: Path | None = None,
+    json_file: Path | None = None,
+) -> None:
+    """Runs the cases. Each is printed as it is done, its rows are appended to `csv_file`, and `json_file` holds what ran
+    (machine and roofs) and all rows so far."""
     header = machine() | {"roofs": roofs(device)}
     print(" ".join(f"{k}={v}" for k, v in header.items() if k != "roofs"))
     print(
@@ -284,6 +295,8 @@ def report(
         rows += done
         if csv_file:
             append_csv(csv_file, header, done)
+        if json_file:
+            write_json(json_file, header, rows)
         for row in done:
             if row.p50_ms is None:
                 print(f"  {row.provider:26} {row.note}")
@@ -295,7 +308,6 @@ def report(
                 f"{number(row.peak_mb, 8, '.1f')}"
             )
         sys.stdout.flush()
-    return header, rows
 
 
 def write_json(file: Path, header: dict, rows: list[Row]) -> None:

@@ -163,7 +163,7 @@ def backward_kernel(
         d_sin = tl.load(p_d, mask=m, other=0.0).to(ACC)
         d_cos = tl.load(p_d + dims * bands, mask=m, other=0.0).to(ACC)
         g = tl.where(m, d_sin * c - d_cos * s, 0.0)
-        tl.store(p_d_x + tl.program_id(1) * coordinates + o_x, tl.sum(g * f, 1), mask=m_x)
+        tl.store(p_d_x + tl.program_id(1).to(tl.int64) * coordinates + o_x, tl.sum(g * f, 1), mask=m_x)
         b_f += tl.sum(tl.where(m, g * x, 0.0), 0)
     tl.store(p_d_f + tl.program_id(0).to(tl.int64) * bands + o_f, b_f, mask=m_f)
 

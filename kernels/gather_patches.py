@@ -15,6 +15,7 @@ import triton.language as tl
 
 MODES = ("round", "floor", "bilinear")
 COORDINATES = ("scaled", "corners", "centers", "pixels")
+_SIZES = ["height", "width", "size"]  # may be 1, which Triton would otherwise turn into a constant
 
 
 @triton.jit
@@ -75,7 +76,7 @@ def _elements(
     return n // points, t, c, y + i, x + j, f_y, f_x, s_y, s_x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def gather_kernel(
     p_video,
     p_t,
@@ -121,7 +122,7 @@ def gather_kernel(
         tl.store(p_out + o, v_00, mask=m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def video_backward_kernel(
     p_d_out,
     p_t,
@@ -159,7 +160,7 @@ def video_backward_kernel(
         tl.atomic_add(p_frame + (y_0 * width + x_0) * channels, d, mask=m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def points_backward_kernel(
     p_d_out,
     p_video,
@@ -269,8 +270,8 @@ def aot():
     """(kernel, signature, constexprs, options) of what runs hot, for compilation without a GPU."""
     sizes = {name: "i32" for name in ("points", "frames", "height", "width", "channels", "size")}
     strides = {name: "i64" for name in ("s_b", "s_t", "s_h", "s_w", "s_c")}
-    for dtype, mode in (("u8", 0), ("fp32", 0), ("fp32", 2), ("bf16", 2)):
-        constexprs = {"MODE": mode, "COORDINATES": 0, "SHIFT": True, "BLOCK": 256, "ACC": tl.float32}
+    for dtype, mode, shift in (("u8", 0, True), ("fp32", 0, True), ("fp32", 2, False), ("bf16", 2, True)):
+        constexprs = {"MODE": mode, "COORDINATES": 0, "SHIFT": shift, "BLOCK": 256, "ACC": tl.float32}
         names = dict.fromkeys(constexprs, "constexpr")
         where = {"p_t": "*i64", "p_points": "*fp32"}
         yield (

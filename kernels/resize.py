@@ -40,10 +40,11 @@ def resize_wide_kernel(
         r = tl.program_id(1).to(tl.int64) * ROWS + step
         if r < rows:
             count = tl.load(p_count + r)
-            p_row = p_x + (o * columns + tl.load(p_first + r)) * inner + o_i
+            p_row = p_x + (o * columns + tl.load(p_first + r)) * inner
             b_sum = tl.zeros([BLOCK], dtype=ACC)
             for k in range(count):
-                b_sum += tl.load(p_weights + r * room + k) * tl.load(p_row + k * inner, mask=m_i).to(ACC)
+                b_sum += tl.load(p_weights + r * room + k) * tl.load(p_row + o_i, mask=m_i).to(ACC)
+                p_row += inner
             tl.store(p_out + (o * rows + r) * inner + o_i, b_sum.to(p_out.dtype.element_ty), mask=m_i)
 
 
@@ -71,7 +72,8 @@ def resize_narrow_kernel(
     for k in range(room):
         m_k = m_e & (k < b_count)
         b_weight = tl.load(p_weights + o_r * room + k, mask=m_k, other=0.0)
-        b_sum += b_weight * tl.load(p_row + k * inner, mask=m_k, other=0.0).to(ACC)
+        b_sum += b_weight * tl.load(p_row, mask=m_k, other=0.0).to(ACC)
+        p_row += inner
     tl.store(p_out + o_e, b_sum.to(p_out.dtype.element_ty), mask=m_e)
 
 
@@ -97,7 +99,7 @@ def resize_axis(x, out, outer, n_in, n_out, inner, method, antialias, adjoint):
     dtype, acc = (torch.float64, tl.float64) if x.dtype == torch.float64 else (torch.float32, tl.float32)
     first, count, weights = _tables(n_in, n_out, method, antialias, adjoint, x.device, dtype)
     rows, columns = (n_in, n_out) if adjoint else (n_out, n_in)
-    if inner < 32 or outer > 65535:
+    if inner < 32 or max(outer, triton.cdiv(rows, ROWS)) > 65535:  # programs along the second and third axis
         elements, block = outer * rows * inner, 256
         resize_narrow_kernel[(triton.cdiv(elements, block),)](
             x, out, first, count, weights, columns, rows, inner, weights.shape[1], elements, BLOCK=block, ACC=acc

@@ -145,7 +145,7 @@ def window_attention_kernel(
         b_max = tl.full([BY * BX], float("-inf"), tl.float32)
         b_sum = tl.zeros([BY * BX], tl.float32)
         if BORDER == 2:
-            zeros = window_y.to(tl.float32) * window_x - (y_end - y_first).to(tl.float32) * (x_end - x_first)
+            zeros = 1.0 * window_y * window_x - 1.0 * (y_end - y_first) * (x_end - x_first)
             b_max = tl.where(zeros > 0, 0.0, b_max)
             b_sum = tl.maximum(zeros, 0.0)
         b_out = tl.zeros([BY * BX, BD], tl.float32)
@@ -291,7 +291,7 @@ def window_attention_d_q_kernel(
         ):  # the first of two only sums: d_out.out from rounded outputs is not float32's best
             b_sum, b_product = tl.zeros([BY * BX], tl.float32), tl.zeros([BY * BX], tl.float32)
             if BORDER == 2:
-                zeros = window_y.to(tl.float32) * window_x - (y_end - y_first).to(tl.float32) * (x_end - x_first)
+                zeros = 1.0 * window_y * window_x - 1.0 * (y_end - y_first) * (x_end - x_first)
                 b_sum = tl.maximum(zeros, 0.0) * tl.exp2(-b_lse)
             for key_y in range(from_y, to_y, KY):
                 for key_x in range(from_x, to_x, KX):
@@ -665,7 +665,7 @@ def _frames(q):
 
 def aot():
     """(kernel, signature, constants, options) of the launches that a ViT makes: for compilation without a GPU."""
-    for dtype, dim in (("bf16", 64), ("bf16", 88), ("fp16", 256), ("fp32", 64)):
+    for dtype, dim, border in (("bf16", 64, "zero"), ("bf16", 88, "mask"), ("fp16", 256, "mask"), ("fp32", 64, "mask")):
         itemsize = 4 if dtype == "fp32" else 2
         rounds = dict(EXTRA=True, ROUNDS=2 if dtype == "fp32" else 1)
         for kernel, direction, more in (
@@ -674,7 +674,7 @@ def aot():
             (window_attention_d_kv_kernel, "backward", {}),
         ):
             blocks, options = _blocks(direction, itemsize, dim, 64, 7)
-            constants = blocks | dict(BORDER=0) | more
+            constants = blocks | dict(BORDER=_BORDERS[border]) | more
             yield kernel, _signature(kernel, dtype, constants), constants, options
         constants = dict(BD=blocks["BD"], BM=_extra_tokens(itemsize, blocks["BD"]))
         yield (

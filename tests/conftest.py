@@ -1,4 +1,5 @@
-"""Without a GPU, Triton kernels run in its interpreter. Fresh memory is NaN. `target` runs a test on every backend."""
+"""Without a GPU, Triton kernels run in its interpreter. On one, convolutions are in full float32. Fresh memory is NaN.
+`target` runs a test on every backend."""
 
 import os
 
@@ -7,7 +8,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the other cores are the other workers
 
 import torch  # noqa: E402
 
-if not torch.cuda.is_available():
+if torch.cuda.is_available():
+    torch.backends.cudnn.allow_tf32 = False
+else:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest  # noqa: E402

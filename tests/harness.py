@@ -7,6 +7,7 @@ scaled by the ratio of the two epsilons, once more than the others because the r
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
@@ -56,6 +57,19 @@ TARGETS = (
         else (Target("triton", "cpu"),)
     ),
 )
+
+
+def device_of(backend: str) -> str:
+    """Where a backend runs that a test names: Triton where it is compiled, the others on the CPU."""
+    return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+
+
+def jax_device() -> str:
+    """Where JAX puts its arrays, in torch's words."""
+    import jax
+
+    return "cuda" if jax.default_backend() == "gpu" else "cpu"
+
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
@@ -142,6 +156,12 @@ def same(a: torch.Tensor, b: torch.Tensor, target: Target) -> bool:
     if target.device == "cuda" or target.isa == EMULATED:
         return torch.allclose(a, b, rtol=0, atol=16 * EPS[a.dtype] * b.abs().nan_to_num().max().item(), equal_nan=True)
     return torch.equal(a, b)
+
+
+def same_in_jax(ours, theirs: torch.Tensor) -> bool:
+    """Whether JAX got what torch did on `jax_device()` from the same machine code; on a GPU to two roundings."""
+    ours, theirs, eps = np.asarray(ours.astype("float32")), theirs.float(), EPS[theirs.dtype] * theirs.is_cuda
+    return np.allclose(ours, theirs.cpu().numpy(), rtol=0, atol=2 * eps * theirs.abs().max().item())
 
 
 def strided(x: torch.Tensor) -> torch.Tensor:

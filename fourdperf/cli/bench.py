@@ -20,7 +20,7 @@ def bench(
 
     Args:
         names: files in benchmarks/ (resize, models ...); default all ops.
-        json: file for machine, versions, roofs and every row.
+        json: file for machine, versions, roofs and every row, written anew after each case.
         csv: file to which the rows of each case are appended as it is done, such as benchmarks/results/cpu.csv.
         rounds: interleaved rounds per case.
         device: 'cpu' or 'cuda'; default cuda where there is one.
@@ -34,6 +34,4 @@ def bench(
         raise ValueError(f"names must be among {', '.join(known)}, got {', '.join(unknown)}")
     harness.with_malloc_settings()
     cases = (case for name in names for case in importlib.import_module(f"fourdperf.benchmarks.{name}").cases(device))
-    header, rows = harness.report(cases, device, rounds, csv)
-    if json:
-        harness.write_json(json, header, rows)
+    harness.report(cases, device, rounds, csv, json)

@@ -1,7 +1,6 @@
 """``fourdperf functaset``: fit every image of a data set with a trained functa, and look at what the latents hold."""
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,7 +14,7 @@ from fourdperf.cli.checkpoints import Device, pick_device
 from fourdperf.cli.report import Table
 from fourdperf.data.pictures import enlarge, label, side_by_side, stack
 from fourdperf.data.video import write_animation, write_png
-from fourdperf.train.processes import processes
+from fourdperf.train.processes import own_gpu, processes
 
 if TYPE_CHECKING:
     from fourdperf.data.functaset import Functaset, Recipe
@@ -68,7 +67,7 @@ def create(
         raise ValueError(f"--batch_size: wanted at least 1, got {batch_size}")
     where = pick_device(device)
     if where.type == "cuda":
-        where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        where = torch.device("cuda", own_gpu())
     known, model = _options(functa), load_functa(functa).to(where)
     if dataset is None:
         if "dataset" not in known:

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-__all__ = ["gather", "place", "processes", "started"]
+__all__ = ["gather", "own_gpu", "place", "processes", "started"]
 
 T = TypeVar("T")
 
@@ -17,6 +17,11 @@ T = TypeVar("T")
 def started() -> tuple[int, int]:
     """This process's number and how many torchrun has started, for work that needs no talk between them; (0, 1) alone."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def own_gpu() -> int:
+    """The number of the GPU that is this process's own, or is shared where a machine runs more processes than it has."""
+    return int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
 
 
 @contextlib.contextmanager
@@ -30,7 +35,7 @@ def processes() -> Iterator[tuple[int, int]]:
         yield 0, 1
         return
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        torch.cuda.set_device(own_gpu())
     dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))  # shares may take very different times
     try:
         yield rank, ranks

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +140,42 @@ def test_a_mistake_is_one_line_and_exit_code_2(files, tmp_path, monkeypatch, cap
 def test_bench_takes_names(capsys):
     assert run("bench", "dance", "resize", "--rounds", "1") == 2
     assert "got dance" in only_line(capsys)
+
+
+def test_bench_waits_for_every_call_and_keeps_what_it_has(tmp_path, monkeypatch):
+    """Also of a call that is not timed: its work would go on into the next one. A peer that fails is a note."""
+    from fourdperf.benchmarks import harness
+
+    class Pending:
+        """What a device is still at work on, as an array of JAX."""
+
+        made = waited = 0
+
+        def __init__(self):
+            Pending.made += 1
+            time.sleep(3e-3)  # long enough for one call a round
+
+        def block_until_ready(self):
+            Pending.waited += 1
+
+        def __array__(self, dtype=None, copy=None):
+            return np.ones(1)
+
+    def fails():
+        raise ValueError("not on this device")
+
+    def cases():
+        yield harness.Case("an_op", "small", "float32", {"ours": Pending, "peer": Pending, "another": fails})
+        rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+        assert [row["p50_ms"] is None for row in rows] == [False, False, True]
+        assert rows[2]["note"] == "FAILED: ValueError('not on this device')"
+        yield harness.Case("an_op", "nothing runs", "float32", {"ours": fails})
+
+    monkeypatch.setattr(harness, "machine", dict)
+    monkeypatch.setattr(harness, "roofs", lambda device: {"copy": 1.0})
+    harness.report(cases(), "cpu", rounds=2, json_file=tmp_path / "rows.json")
+    assert len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == 4
+    assert Pending.waited == Pending.made > 0
 
 
 def test_debug_shows_the_traceback(monkeypatch):

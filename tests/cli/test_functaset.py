@@ -111,6 +111,20 @@ def test_two_processes(files, tmp_path):
             assert all(np.array_equal(x[()], theirs[name][()]) for name, x in ours.items())
 
 
+def test_more_processes_than_gpus_share_them(files, tmp_path, monkeypatch, capsys):
+    """The third process of a machine with two takes the first one's."""
+
+    def to(model, device):
+        raise ValueError(f"wanted on {device}")
+
+    monkeypatch.setattr("fourdperf.cli.functaset.pick_device", lambda device: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(Functa, "to", to)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert run("create", "--functa", files / "run", "--out", tmp_path, *SMALL) == 2
+    assert "wanted on cuda:0" in capsys.readouterr().err
+
+
 def test_interrupted_and_going_on(files, tmp_path, monkeypatch):
     before, calls = functaset._fit_signals, []
 

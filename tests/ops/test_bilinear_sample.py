@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fourdperf.ops import bilinear_sample
 from fourdperf.ops.bilinear_sample import BORDERS, COORDINATES, MODES
-from tests.harness import check_op, dtypes, opcheck, same, strided, transposed
+from tests.harness import check_op, device_of, dtypes, jax_device, opcheck, same, same_in_jax, strided, transposed
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "functa"
 RULES = [
@@ -319,7 +319,8 @@ def test_registration(backend):
 @pytest.mark.parametrize("backend", ["native", "triton", "eager"])
 def test_transforms(backend):
     """vmap over either input or both, func.grad twice, jvp (eager alone has it, and is chosen), autocast, compile."""
-    map, xy = sample((3, 2, 4, 5, 6), torch.float32), points((3, 2, 7, 2), dtype=torch.float32)
+    device = device_of(backend)
+    map, xy = sample((3, 2, 4, 5, 6), torch.float32).to(device), points((3, 2, 7, 2), dtype=torch.float32).to(device)
     function = lambda map, xy: bilinear_sample(map, xy, backend=backend)
     want = function(map, xy)
     assert torch.equal(torch.vmap(function)(map, xy), want)
@@ -342,7 +343,7 @@ def test_transforms(backend):
             *arguments
         )
         assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-3) for a, b in zip(outer, plain))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         assert torch.equal(function(map, xy), want)
     compiled = torch.compile(lambda map, xy: function(map * 2, xy) + 1, fullgraph=True, backend="aot_eager")
     leaves = map.clone().requires_grad_(), xy.clone().requires_grad_()
@@ -408,11 +409,9 @@ def test_jax_batches_and_dtypes():
         for a, b in zip(*both):
             assert a.shape == b.shape and np.allclose(a, b, rtol=1e-4, atol=1e-2)
     for dtype in ("bfloat16", "float16"):
-        half = map[0].to(getattr(torch, dtype))
+        half = map[0].to(jax_device(), getattr(torch, dtype))
         got = jax_sample(m[0].astype(dtype), p, backend="ffi")
-        assert got.dtype == dtype and np.array_equal(
-            np.asarray(got.astype("float32")), bilinear_sample(half, xy).float().numpy()
-        )
+        assert got.dtype == dtype and same_in_jax(got, bilinear_sample(half, xy.to(half.device)))
     assert jax_sample(m[0], p[:, :0]).shape == (2, 0, 6)
     with pytest.raises(ValueError, match="xy must have the dtype of map"):
         jax_sample(m[0], p.astype("bfloat16"))

@@ -12,7 +12,18 @@ from hypothesis import strategies as st
 
 from fourdperf.ops import cross_attention, cross_attention_eager, use_backend
 from tests.conftest import in_use
-from tests.harness import EMULATED, TARGETS, Target, check_op, dtypes, opcheck, strided, transposed
+from tests.harness import (
+    EMULATED,
+    TARGETS,
+    Target,
+    check_op,
+    device_of,
+    dtypes,
+    opcheck,
+    same_in_jax,
+    strided,
+    transposed,
+)
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "d4rt"
 
@@ -125,6 +136,15 @@ def test_goldens(name, backend):
             assert error <= config["atol"][key], f"{key}: {error:.2e} > {config['atol'][key]:.2e}"
 
 
+@pytest.fixture
+def jax_on_the_cpu():
+    """The native kernel runs there alone, also where JAX has a GPU."""
+    jax = pytest.importorskip("jax")
+    with jax.default_device(jax.devices("cpu")[0]):
+        yield
+
+
+@pytest.mark.usefixtures("jax_on_the_cpu")
 @pytest.mark.parametrize("backend", ["jnp", "ffi"])
 @pytest.mark.parametrize("padding", [0, 0.4])
 def test_jax(padding, backend):
@@ -145,20 +165,19 @@ def test_jax(padding, backend):
         assert np.abs(np.asarray(ours) - theirs.detach().numpy()).max() <= 3e-6 * theirs.abs().max()
 
 
+@pytest.mark.usefixtures("jax_on_the_cpu")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_jax_ffi_dtypes_and_vmap(dtype):
     jax, jnp = pytest.importorskip("jax"), pytest.importorskip("jax.numpy")
     from fourdperf.jax.ops import cross_attention as jax_cross_attention
 
     values = [y.to(getattr(torch, dtype)) for y in list(inputs(3, 9, 40, 2, 16).values())[:3]]
-    want = cross_attention(*values, backend="native").float().numpy()
+    want = cross_attention(*values, backend="native")
     arrays = [jnp.asarray(y.float().numpy()).astype(dtype) for y in values]
     got = jax_cross_attention(*arrays, backend="ffi")
-    assert got.dtype == arrays[0].dtype and np.array_equal(
-        np.asarray(got.astype("float32")), want
-    )  # the same machine code
+    assert got.dtype == arrays[0].dtype and same_in_jax(got, want)
     mapped = jax.vmap(lambda q, k, v: jax_cross_attention(q[None], k[None], v[None], backend="ffi")[0])(*arrays)
-    assert np.array_equal(np.asarray(mapped.astype("float32")), want)
+    assert same_in_jax(mapped, want)
 
 
 @pytest.mark.parametrize("layout", [strided, transposed], ids=["strided", "transposed"])
@@ -283,7 +302,7 @@ def test_derivatives_and_registration(backend):
 @pytest.mark.parametrize("backend", ["native", "triton", "eager"])
 def test_transforms(backend):
     """vmap, func.grad, jvp (eager alone has it, and is chosen), autocast, compile without a graph break."""
-    q, k, v, _ = inputs(2, 5, 9, 2, 8, dtype=torch.float32).values()
+    q, k, v = (y.to(device_of(backend)) for y in list(inputs(2, 5, 9, 2, 8, dtype=torch.float32).values())[:3])
     want = cross_attention(q, k, v, backend=backend)
     one = lambda q, k, v: cross_attention(q[None], k[None], v[None], backend=backend)[0]
     assert torch.allclose(torch.vmap(one)(q, k, v), want, atol=1e-6)
@@ -294,7 +313,7 @@ def test_transforms(backend):
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(grads, eager))
     per_sample = torch.vmap(torch.func.grad(lambda *x: one(*x).square().sum()))(q, k, v)
     assert torch.allclose(per_sample, eager[0], atol=1e-5)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device_of(backend), torch.bfloat16):
         half = cross_attention(q, k, v.bfloat16(), backend=backend)
     assert half.dtype == torch.bfloat16 and torch.allclose(half.float(), want, atol=3e-2)
     leaf = q.clone().requires_grad_()

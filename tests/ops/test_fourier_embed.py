@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fourdperf.ops import fourier_columns, fourier_embed, fourier_linear, gaussian, linear_range, octaves
-from tests.harness import check_op, dtypes, opcheck, strided, transposed
+from tests.harness import check_op, device_of, dtypes, jax_device, opcheck, same_in_jax, strided, transposed
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "d4rt"
 
@@ -268,8 +268,9 @@ def test_second_derivatives_agree_with_eager(target):
 @pytest.mark.parametrize("backend", ["native", "triton", "eager"])
 def test_transforms(backend):
     """vmap, per-sample gradients, jvp (eager alone has it), autocast, compile without a graph break."""
-    x, f = sample((4, 5, 2), torch.float32), octaves(3)
-    weight, bias = (t.float() for t in layer(2, 3, 8).values())
+    device = device_of(backend)
+    x, f = sample((4, 5, 2), torch.float32).to(device), octaves(3).to(device)
+    weight, bias = (t.to(device, torch.float32) for t in layer(2, 3, 8).values())
     embed = lambda x, f: fourier_embed(x, f, backend=backend)
     linear = lambda x, f, w, b: fourier_linear(x, f, w, b, backend=backend)
     want = embed(x, f)
@@ -288,7 +289,7 @@ def test_transforms(backend):
     each = torch.vmap(torch.func.grad(loss), (None, 0))(f, x)
     assert torch.allclose(each[1], torch.func.grad(loss)(f, x[1]), rtol=1e-3, atol=1e-4)
     for dtype in (torch.bfloat16, torch.float16):
-        with torch.autocast("cpu", dtype):
+        with torch.autocast(device, dtype):
             assert embed(x, f).dtype == torch.float32 and linear(x, f, weight, bias).dtype == dtype
     x.requires_grad_()
     compiled = torch.compile(lambda x: linear(x * 2, f, weight, bias) + 1, fullgraph=True, backend="aot_eager")
@@ -365,9 +366,7 @@ def test_jax(backend):
             np.asarray(half.astype("float32")), np.asarray(got), rtol=0.05, atol=0.1
         )
     if backend == "ffi":
-        assert np.array_equal(
-            np.asarray(embed(*args[:2])), fourier_embed(x, f, backend="native").numpy()
-        )  # the same machine code
+        assert same_in_jax(embed(*args[:2]), fourier_embed(x.to(jax_device()), f.to(jax_device()), backend="native"))
     with pytest.raises(ValueError, match="frequencies must have shape"):
         embed(args[0], args[1][None])
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fourdperf.ops import bilinear_sample, modulated_sine, modulated_siren
 from fourdperf.ops.modulated_siren import MODES, MODULATE
-from tests.harness import check_op, dtypes, opcheck, same, strided, transposed
+from tests.harness import check_op, device_of, dtypes, opcheck, same, strided, transposed
 
 NAN, INF = float("nan"), float("inf")
 RULES = [dict(modulate=modulate, mode=mode) for modulate, mode in itertools.product(MODULATE, MODES)]
@@ -265,7 +265,8 @@ def test_transforms(backend):
     function = lambda pre, map, xy: modulated_sine(
         pre, map, xy, omega=2.0, modulate="both", mode="bilinear", backend=backend
     )
-    pre, map, xy = sample((3, 2, 7, 6), torch.float32), sample((3, 2, 4, 5, 12), torch.float32, 2), torch.rand(3, 7, 2)
+    drawn = sample((3, 2, 7, 6), torch.float32), sample((3, 2, 4, 5, 12), torch.float32, 2), torch.rand(3, 7, 2)
+    pre, map, xy = (x.to(device_of(backend)) for x in drawn)
     want = torch.stack([function(pre[i], map[i], xy[i]) for i in range(3)])
     assert torch.equal(torch.vmap(function)(pre, map, xy), want)
     got = torch.vmap(function, in_dims=(3, 2, 0), out_dims=1)(pre.movedim(0, 3), map.movedim(0, 2), xy)

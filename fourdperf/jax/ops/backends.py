@@ -7,14 +7,30 @@ import jax
 from fourdperf import native
 
 NAMES = ("ffi", "jnp")
-_PLATFORMS = {"cpu": "cpu", "cuda": "gpu"}  # our library -> jax.default_backend()
+_LIBRARIES = {"cpu": "cpu", "gpu": "cuda"}  # JAX's platform -> ours
+
+
+def platform() -> str:
+    """Where JAX puts arrays that nobody placed: 'cpu', 'gpu' ..."""
+    device = jax.config.jax_default_device
+    return jax.default_backend() if device is None else getattr(device, "platform", device)
+
+
+def ffi_why_not(device: str | None = None) -> str | None:
+    """Why FFI calls cannot run on `device` ('cpu' or 'gpu'; default: `platform()`).
+
+    Arrays may have been placed elsewhere, which a trace does not show: the CPU's and the GPU's targets are registered
+    together, and XLA takes those of the place.
+    """
+    for place in ("cpu", jax.default_backend()):
+        _register(place)
+    return _register(device or platform())
 
 
 @functools.cache
-def ffi_why_not(device: str | None = None) -> str | None:
-    """Why FFI calls cannot run on `device` ('cpu' or 'gpu'; default: JAX's own default). Registers the targets once."""
-    device = device or jax.default_backend()
-    kind = next((kind for kind, platform in _PLATFORMS.items() if platform == device), None)
+def _register(device: str) -> str | None:
+    """Registers the library's targets, once; why there are none."""
+    kind = _LIBRARIES.get(device)
     if kind is None:
         return f"the native kernels run on cpu and gpu, not on {device}"
     library, reason = native.library(kind)

@@ -9,7 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from fourdperf.jax.ops.backends import choose, ffi_why_not
+from fourdperf.jax.ops.backends import choose, ffi_why_not, platform
 
 _HALF = (jnp.bfloat16, jnp.float16)
 
@@ -44,7 +44,7 @@ def cross_attention(
 
 
 def _ffi_why_not():
-    if jax.default_backend() == "gpu":
+    if platform() == "gpu":
         return "the native kernel runs on cpu"
     return ffi_why_not()
 

@@ -51,7 +51,7 @@ def fourier_linear(
             f"bias must have shape ({weight.shape[0]},) and dtype {weight.dtype}, got {bias.shape}, {bias.dtype}"
         )
     if choose("fourier_linear", ffi_why_not(), backend) == "jnp" or not x.size * frequencies.size * weight.size:
-        return _embed_jnp(x, frequencies).astype(weight.dtype) @ weight.T + bias
+        return _linear_jnp(x, frequencies, weight, bias)
     return _linear(x.astype(frequencies.dtype), frequencies, weight, bias)
 
 
@@ -101,6 +101,11 @@ def _embed_jnp(x, frequencies):
     angles = x.astype(frequencies.dtype)[..., None] * frequencies
     angles = angles.reshape(*x.shape[:-1], x.shape[-1] * frequencies.shape[0])
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1).astype(x.dtype)
+
+
+@jax.default_matmul_precision("highest")
+def _linear_jnp(x, frequencies, weight, bias):
+    return _embed_jnp(x, frequencies).astype(weight.dtype) @ weight.T + bias
 
 
 def _trig(embedding, x, frequencies):
@@ -166,6 +171,7 @@ def _backward_bwd(saved, cotangents):
     return g_out, d_x, across.reshape(-1, f.shape[0]).sum(0)
 
 
+@jax.default_matmul_precision("highest")
 def _linear_bwd(saved, d_out):
     x, frequencies, weight, _ = saved
     rows = d_out.reshape(-1, d_out.shape[-1])

@@ -102,7 +102,8 @@ def modulated_siren(
         raise ValueError(f"weight must have shape (H, K) with K = {x.shape[-1]}, got {weight.shape}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must have shape ({weight.shape[0]},), got {bias.shape}")
-    pre = x @ weight.T if bias is None else x @ weight.T + bias
+    pre = jnp.matmul(x, weight.T, precision="highest")
+    pre = pre if bias is None else pre + bias
     return modulated_sine(pre, map, xy, omega=omega, modulate=modulate, mode=mode, backend=backend)
 
 

@@ -2,6 +2,8 @@
 
 jnp   jnp.linalg.svd; forward and reverse mode, with gradient='exact' of any order ('regularized': the first)
 ffi   the native kernels, for m == n and gradient='exact'; the same derivatives
+
+Products ask for full float32: JAX's default on a GPU is TF32.
 """
 
 import functools
@@ -9,7 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from fourdperf.jax.ops.backends import choose, ffi_why_not
+from fourdperf.jax.ops.backends import choose, ffi_why_not, platform
 
 GRADIENTS = ("exact", "regularized")
 _HALF = (jnp.bfloat16, jnp.float16)
@@ -44,7 +46,7 @@ def _ffi_why_not(m, n, exact):
         return "it takes square matrices"
     if not exact:
         return "it has the exact gradient alone"
-    if jax.default_backend() != "cpu" and n > LARGEST_ON_GPU:
+    if platform() != "cpu" and n > LARGEST_ON_GPU:
         return f"its CUDA kernels take n <= {LARGEST_ON_GPU}, got {n}"
     return ffi_why_not()
 
@@ -53,6 +55,7 @@ def _ffi_why_not(m, n, exact):
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+@jax.default_matmul_precision("highest")
 def _jnp(x, special, exact):
     """x -> R, and (without derivatives) the eigenvectors and eigenvalues of H = R^T x."""
     u, s, vh = jnp.linalg.svd(x, full_matrices=False)
@@ -63,6 +66,7 @@ def _jnp(x, special, exact):
 
 
 @_jnp.defjvp
+@jax.default_matmul_precision("highest")
 def _jnp_jvp(special, exact, primals, tangents):
     (x,), (d_x,) = primals, tangents
     r, v, s = out = _jnp(x, special, exact)
@@ -105,6 +109,7 @@ def _ffi(x, special, exact):
 
 
 @_ffi.defjvp
+@jax.default_matmul_precision("highest")
 def _ffi_jvp(special, exact, primals, tangents):
     (x,), (d_x,) = primals, tangents
     r, flip = out = _ffi(x, special, exact)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fourdperf.jax.ops.backends import choose, ffi_why_not
+from fourdperf.jax.ops.backends import choose, ffi_why_not, platform
 
 BORDERS = ("mask", "shift", "zero")
 _MOST = 2**20
@@ -69,7 +69,7 @@ def window_attention(
     scale = dim**-0.5 if scale is None else float(scale)
     folded = [x.reshape(frames, *x.shape[-4:]) for x in (q, k, v)]
     why_not = ffi_why_not()
-    if why_not is None and jax.default_backend() == "gpu" and dim > 256:
+    if why_not is None and platform() == "gpu" and dim > 256:
         why_not = f"heads have at most 256 elements on a GPU, got {dim}"
     function = _ffi if choose("window_attention", why_not, backend) == "ffi" else _jnp
     return function(*folded, *extra, window, dilation, border, scale).reshape(q.shape)
