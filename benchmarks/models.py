@@ -10,7 +10,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from fourdperf.benchmarks.harness import Case
+from fourdperf.benchmarks.harness import Case, jax_why_not
 
 from fourdperf.convert.scaling4d import table
 from fourdperf.models import layers, scaling4d
@@ -89,14 +89,12 @@ def _interpolate(x: torch.Tensor, sizes: tuple, dims: tuple, method: str) -> tor
 
 
 def _jax(config: Config, arrays: dict, video: torch.Tensor, dtype: str):
-    try:
-        import jax
+    if why_not := jax_why_not(video.device.type, "flax"):
+        return why_not
+    import jax
 
-        from fourdperf.jax.models import scaling4d as flax4d
-    except ImportError as error:
-        return f"{error.name} is not installed"
-    if video.is_cuda and jax.default_backend() != "gpu":
-        return "JAX sees no GPU"
+    from fourdperf.jax.models import scaling4d as flax4d
+
     parameters = {}
     for key, array in arrays.items():
         *path, last = key.split("/")
