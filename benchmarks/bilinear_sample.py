@@ -7,7 +7,7 @@ points-major results ask for; torch.compile of the eager code; the jnp version u
 
 import torch
 import torch.nn.functional as F
-from fourdperf.benchmarks.harness import Case
+from fourdperf.benchmarks.harness import Case, jax_why_not
 
 from fourdperf.ops.bilinear_sample import bilinear_sample, bilinear_sample_eager
 
@@ -86,13 +86,13 @@ def _provider(function, map, xy, d_out, h, u, direction):
 
 
 def _jax(map, xy, d_out, h, u, direction):
-    try:
-        import jax
-        import jax.numpy as jnp
+    if why_not := jax_why_not(map.device.type):
+        return why_not
+    import jax
+    import jax.numpy as jnp
 
-        from fourdperf.jax.ops import bilinear_sample as jax_sample
-    except ImportError:
-        return "jax is not installed"
+    from fourdperf.jax.ops import bilinear_sample as jax_sample
+
     arrays = [jnp.asarray(x.float().cpu().numpy()) for x in (map, xy, d_out, h, u)]
     arrays[0] = arrays[0].astype(str(map.dtype).removeprefix("torch."))
     sample = lambda map, xy: jax_sample(map, xy, backend="jnp")

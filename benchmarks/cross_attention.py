@@ -8,7 +8,7 @@ after tokens writes), the same under torch.compile, jax.nn.dot_product_attention
 
 import torch
 import torch.nn.functional as F
-from fourdperf.benchmarks.harness import Case
+from fourdperf.benchmarks.harness import Case, jax_why_not
 
 from fourdperf.ops import cross_attention
 
@@ -78,10 +78,9 @@ def _sdpa(q, k, v):
 
 
 def _jax(q, k, v):
-    try:
-        import jax
-    except ImportError:
-        return "jax is not installed"
+    if why_not := jax_why_not(q.device.type):
+        return why_not
+    import jax
     import jax.numpy as jnp
 
     arrays = [jnp.asarray(x.float().cpu().numpy()).astype(str(x.dtype).removeprefix("torch.")) for x in (q, k, v)]

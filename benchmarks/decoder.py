@@ -121,7 +121,7 @@ def _port_style(decoder: CrossDecoder):
 
 
 def main(device: str) -> None:
-    header, roof = machine(), roofs(device)
+    header, roof = machine(device), roofs(device)
     print(" ".join(f"{key}={value}" for key, value in header.items()))
     print(
         f"{'':52} queries/s  "
@@ -129,7 +129,7 @@ def main(device: str) -> None:
         + "   tracks of a whole video, per second of it"
     )
     for case in cases(device):
-        for row in run(case, roof, rounds=5, seconds=1):
+        for row in run(case, roof, device, rounds=5, seconds=1):
             name = f"{case.name}, {case.dtype}, {row.provider}"
             if row.p50_ms is None:
                 print(f"{name:75} {row.note}")

@@ -5,7 +5,7 @@ torch, torch.compile of it, JAX jit.
 """
 
 import torch
-from fourdperf.benchmarks.harness import Case
+from fourdperf.benchmarks.harness import Case, jax_why_not
 
 from fourdperf.ops.fourier_embed import (
     fourier_embed,
@@ -79,10 +79,9 @@ def _case(name, shape, frequencies, features, dtype, device, linear, backward):
 
 
 def _jax(tensors, d_out, linear, backward):
-    try:
-        import jax
-    except ImportError:
-        return "jax is not installed"
+    if why_not := jax_why_not(d_out.device.type):
+        return why_not
+    import jax
     import jax.numpy as jnp
 
     from fourdperf.jax.ops import fourier_embed as embed

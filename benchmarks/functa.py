@@ -8,7 +8,7 @@ fewer, since all signals share the first step's field.
 """
 
 import torch
-from fourdperf.benchmarks.harness import Case
+from fourdperf.benchmarks.harness import Case, jax_why_not
 
 from fourdperf.models.functa import Config, Functa, fit
 
@@ -72,14 +72,12 @@ def flops(config: Config) -> int:
 
 
 def _jax(model: Functa, target: torch.Tensor, make):
-    try:
-        import jax
+    if why_not := jax_why_not(target.device.type, "flax"):
+        return why_not
+    import jax
 
-        from fourdperf.jax.models import functa as flax
-    except ImportError as error:
-        return f"{error.name} is not installed"
-    if target.is_cuda and jax.default_backend() != "gpu":
-        return "JAX sees no GPU"
+    from fourdperf.jax.models import functa as flax
+
     state = {key: tensor.detach().cpu() for key, tensor in model.state_dict().items()}
     variables = {"params": flax.flax_params(state, model.config)}
     function = jax.jit(make(jax, flax, flax.Functa(model.config)))

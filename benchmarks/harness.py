@@ -12,6 +12,7 @@ import csv
 import ctypes
 import dataclasses
 import gc
+import importlib
 import json
 import os
 import platform
@@ -86,30 +87,54 @@ def with_malloc_settings() -> None:
         os.execv(sys.executable, sys.orig_argv)
 
 
-def machine() -> dict:
-    """What ran: processor, device, threads, versions, commit."""
-    versions = {"torch": torch.__version__, "python": platform.python_version()}
-    with contextlib.suppress(ImportError):
-        import jax
+def jax_why_not(device: str, *others: str) -> str | None:
+    """Why a peer in JAX, which needs the packages `others` too, cannot be compared on `device`, 'cpu' or 'cuda': what
+    is not installed, or that JAX computes elsewhere. None where it can."""
+    try:
+        jax, *_ = map(importlib.import_module, ("jax", *others))
+    except ImportError as error:
+        return f"{error.name} is not installed"
+    backend = jax.default_backend()
+    if device == "cuda" and backend != "gpu":
+        return "JAX sees no GPU"
+    if device == "cpu" and backend != "cpu":
+        return f"JAX computes on a {backend}; JAX_PLATFORMS=cpu keeps it on the CPU"
+    return None
 
-        versions["jax"] = jax.__version__
-    with contextlib.suppress(ImportError):
-        import triton
 
-        versions["triton"] = triton.__version__
+def machine(device: str) -> dict:
+    """What ran: processor, device, threads, versions ("none" for what is not installed), commit. The keys are the same
+    everywhere."""
     processor = platform.processor()
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, StopIteration):
         processor = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
-    commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"], capture_output=True, text=True
-    ).stdout.strip()
     return {
         "processor": processor,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
-        **versions,
-        "commit": commit or "unknown",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "jax": _version("jax"),
+        "triton": _version("triton"),
+        "commit": _commit(),
     }
+
+
+def _version(package):
+    try:
+        return importlib.import_module(package).__version__
+    except ImportError:
+        return "none"
+
+
+def _commit():
+    """Of the checkout that this file is part of; an installed package may lie in a repository of somebody else's."""
+    root = Path(__file__).resolve().parents[1]
+    if (root / ".git").exists():
+        with contextlib.suppress(OSError):  # there is no git
+            command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+            return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+    return "unknown"
 
 
 def roofs(device: str) -> dict:
@@ -193,14 +218,17 @@ def disagreement(ours, theirs) -> float:
     return worst
 
 
-def peak_megabytes(function) -> float | None:
-    """Memory that one call takes above what is allocated before it, output included."""
+def peak_megabytes(function, device: str) -> float | None:
+    """Memory that one call takes on `device` above what is allocated before it, output included; None where that is not
+    known, as on a GPU of what JAX allocates."""
     gc.collect()
-    if torch.cuda.is_available():
+    if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        _wait(function())
-        return (torch.cuda.max_memory_allocated() - before) / 1e6
+        out = function()
+        _wait(out)
+        by_torch = all(isinstance(leaf, torch.Tensor) for leaf in _leaves(out))
+        return (torch.cuda.max_memory_allocated() - before) / 1e6 if by_torch else None
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
@@ -214,7 +242,7 @@ def _status(field):
     return int(next(line for line in open("/proc/self/status") if line.startswith(field)).split()[1])
 
 
-def run(case: Case, roof: dict, rounds: int = 15, seconds: float = 3.0) -> list[Row]:
+def run(case: Case, roof: dict, device: str, rounds: int = 15, seconds: float = 3.0) -> list[Row]:
     """Times one case: `rounds` rounds, fewer (but five) where all providers together would take longer than `seconds`."""
     rows = {name: Row(case.op, case.name, case.direction, case.dtype, name) for name in case.providers}
     runnable: dict[str, Callable] = {}
@@ -234,7 +262,7 @@ def run(case: Case, roof: dict, rounds: int = 15, seconds: float = 3.0) -> list[
         elif (error := disagreement(ours, out)) > case.tolerance:
             rows[name].note = f"NOT TIMED: differs from ours by {error:.1e}, allowed {case.tolerance:.0e}"
             continue
-        rows[name].peak_mb = peak_megabytes(function)
+        rows[name].peak_mb = peak_megabytes(function, device)
         runnable[name] = function
     if not runnable:
         return list(rows.values())
@@ -276,12 +304,14 @@ def report(
 ) -> None:
     """Runs the cases. Each is printed as it is done, its rows are appended to `csv_file`, and `json_file` holds what ran
     (machine and roofs) and all rows so far."""
-    header = machine() | {"roofs": roofs(device)}
+    header = machine(device) | {"roofs": roofs(device)}
     print(" ".join(f"{k}={v}" for k, v in header.items() if k != "roofs"))
     print(
         "roofs: " + ", ".join(f"{k} {v:.3g} {'GB/s' if k == 'copy' else 'TFLOP/s'}" for k, v in header["roofs"].items())
     )
     rows = []
+    if csv_file:
+        append_csv(csv_file, header, rows)  # a file of other columns is refused before anything is timed
     for case in cases:
         print(
             f"\n{case.op}: {case.name}, {case.direction}, {case.dtype}"
@@ -291,7 +321,7 @@ def report(
         print(
             f"  {'':26} {'p20':>9} {'p50':>9} {'p80':>9} ms {'speed':>7} {'GB/s':>7} {'TFLOP/s':>8} {'roof':>5} {'peak MB':>8}"
         )
-        done = run(case, header["roofs"], rounds)
+        done = run(case, header["roofs"], device, rounds)
         rows += done
         if csv_file:
             append_csv(csv_file, header, done)
@@ -322,18 +352,25 @@ def write_json(file: Path, header: dict, rows: list[Row]) -> None:
 
 
 def append_csv(file: Path, header: dict, rows: list[Row]) -> None:
-    """Appends the rows with date, command and versions to the results kept in benchmarks/results/."""
+    """Appends the rows with date, command and versions to the results kept in benchmarks/results/.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
     known = {
         "date": time.strftime("%Y-%m-%d"),
         "command": "fourdperf " + " ".join(sys.argv[1:]),
         **{k: v for k, v in header.items() if k != "roofs"},
         **{f"roof_{k}": v for k, v in header["roofs"].items()},
     }
-    exists = file.exists() and file.stat().st_size > 0
-    with open(file, "a", newline="") as stream:
-        fields = [*(f.name for f in dataclasses.fields(Row)), *known]
+    fields = [*(f.name for f in dataclasses.fields(Row)), *known]
+    with open(file, "a+", newline="") as stream:
+        stream.seek(0)
+        found = next(csv.reader(stream), None)
+        if found not in (None, fields):
+            raise ValueError(f"{file}: wanted the columns {','.join(fields)}, got {','.join(found)}; name a new file")
         writer = csv.DictWriter(stream, fields)
-        if not exists:
+        if found is None:
             writer.writeheader()
         for row in rows:
             values = dataclasses.asdict(row) | known

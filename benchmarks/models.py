@@ -2,7 +2,7 @@
 
 Floor: the FLOPs of the matrix products at the measured matmul rate. Peers: the Flax reference under jax.jit (which
 like ours runs no layer that nothing reads), in the same dtype and, for bfloat16, in float32 too; and the same torch
-model with plain F.scaled_dot_product_attention and F.interpolate.
+model with plain F.scaled_dot_product_attention and F.interpolate, as it is and under torch.compile.
 """
 
 import copy
@@ -10,7 +10,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from fourdperf.benchmarks.harness import Case
+from fourdperf.benchmarks.harness import Case, jax_why_not
 
 from fourdperf.convert.scaling4d import table
 from fourdperf.models import layers, scaling4d
@@ -34,14 +34,17 @@ def cases(device: str):
         model.to(device)
         video = torch.rand(1, *config.video_size, config.channels, device=device)
         for dtype in ("float32", "bfloat16"):
+            torch.compiler.reset()
             yield _case(name, model, arrays, video, dtype)
 
 
 def _case(name: str, model: Scaling4D, arrays: dict, video: torch.Tensor, dtype: str) -> Case:
     model, clip = (copy.deepcopy(x).to(getattr(torch, dtype)) for x in (model, video))
+    compiled = torch.compile(model)
     providers = {
         "fourdperf": lambda: model(clip),
         "plain torch": lambda: _plain(model, clip),
+        "plain torch, compiled": lambda: _plain(compiled, clip),
         "JAX jit": _jax(model.config, arrays, video, dtype),
     }
     if dtype != "float32":
@@ -67,7 +70,7 @@ def flops(config: Config) -> int:
     return total
 
 
-def _plain(model: Scaling4D, video: torch.Tensor) -> torch.Tensor:
+def _plain(model: torch.nn.Module, video: torch.Tensor) -> torch.Tensor:
     """The model as one would write it: no blocks in the attention, the resize by F.interpolate."""
     with (
         mock.patch.object(layers, "attention", _sdpa),
@@ -89,14 +92,12 @@ def _interpolate(x: torch.Tensor, sizes: tuple, dims: tuple, method: str) -> tor
 
 
 def _jax(config: Config, arrays: dict, video: torch.Tensor, dtype: str):
-    try:
-        import jax
+    if why_not := jax_why_not(video.device.type, "flax"):
+        return why_not
+    import jax
 
-        from fourdperf.jax.models import scaling4d as flax4d
-    except ImportError as error:
-        return f"{error.name} is not installed"
-    if video.is_cuda and jax.default_backend() != "gpu":
-        return "JAX sees no GPU"
+    from fourdperf.jax.models import scaling4d as flax4d
+
     parameters = {}
     for key, array in arrays.items():
         *path, last = key.split("/")

@@ -8,7 +8,7 @@ Peers: the eager version; torch.compile of it, and of what one writes by hand fo
 
 import torch
 import torch.nn.functional as F
-from fourdperf.benchmarks.harness import Case
+from fourdperf.benchmarks.harness import Case, jax_why_not
 
 from fourdperf.ops import bilinear_sample, modulated_sine
 from fourdperf.ops.modulated_siren import modulated_sine_eager
@@ -128,13 +128,13 @@ def _provider(function, leaves, v, direction):
 
 
 def _jax(leaves, xy, v, rule, direction):
-    try:
-        import jax
-        import jax.numpy as jnp
+    if why_not := jax_why_not(xy.device.type):
+        return why_not
+    import jax
+    import jax.numpy as jnp
 
-        from fourdperf.jax.ops import modulated_sine as jax_sine
-    except ImportError:
-        return "jax is not installed"
+    from fourdperf.jax.ops import modulated_sine as jax_sine
+
     array = lambda x: jnp.asarray(x.float().cpu().numpy()).astype(str(x.dtype).removeprefix("torch."))
     leaves, (d_out, *cotangents), xy = [array(x) for x in leaves], [array(x) for x in v], array(xy)
     run = lambda x, map, weight=None: jax_sine(x if weight is None else x @ weight.T, map, xy, **rule, backend="jnp")

@@ -12,7 +12,7 @@ import functools
 from unittest import mock
 
 import torch
-from fourdperf.benchmarks.harness import Case
+from fourdperf.benchmarks.harness import Case, jax_why_not
 from fourdperf.benchmarks.procrustes import rotation_case
 
 from fourdperf.cli.train_niso import EXPERIMENTS
@@ -188,12 +188,10 @@ def _array(jax, x: torch.Tensor):
 
 def _jax(make, tensors, *args):
     """make(jax, the mirror, tensors, *args), or why there is none."""
-    try:
-        import jax
+    if why_not := jax_why_not(tensors[0].device.type, "flax"):
+        return why_not
+    import jax
 
-        from fourdperf.jax.models import niso as flax
-    except ImportError as error:
-        return f"{error.name} is not installed"
-    if tensors[0].is_cuda and jax.default_backend() != "gpu":
-        return "JAX sees no GPU"
+    from fourdperf.jax.models import niso as flax
+
     return make(jax, flax, tensors, *args)

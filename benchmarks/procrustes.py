@@ -8,7 +8,7 @@ multiply-adds times 6 forward and 12 in all, see csrc/procrustes/procrustes_cpu.
 """
 
 import torch
-from fourdperf.benchmarks.harness import Case
+from fourdperf.benchmarks.harness import Case, jax_why_not
 
 from fourdperf.ops import procrustes
 
@@ -58,12 +58,10 @@ def rotation_case(op: str, name: str, x: torch.Tensor, weight: torch.Tensor, bac
 
 
 def _jax(x: torch.Tensor, weight: torch.Tensor, backward: bool):
-    try:
-        import jax
-    except ImportError:
-        return "jax is not installed"
-    if x.is_cuda and jax.default_backend() != "gpu":
-        return "JAX sees no GPU"
+    if why_not := jax_why_not(x.device.type):
+        return why_not
+    import jax
+
     from fourdperf.jax.ops import procrustes as mirror
 
     function = lambda x: mirror(x, special=True, backend="jnp")

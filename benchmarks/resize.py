@@ -8,7 +8,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from fourdperf.benchmarks.harness import Case
+from fourdperf.benchmarks.harness import Case, jax_why_not
 
 from fourdperf.ops.resize import resize, resize_matrix
 
@@ -90,10 +90,9 @@ def _matmul(x, matrices, dims):
 
 
 def _jax(x, sizes, dims):
-    try:
-        import jax
-    except ImportError:
-        return "jax is not installed"
+    if why_not := jax_why_not(x.device.type):
+        return why_not
+    import jax
     import jax.numpy as jnp
 
     array = jnp.asarray(x.float().cpu().numpy()).astype(str(x.dtype).removeprefix("torch."))

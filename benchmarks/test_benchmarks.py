@@ -1,27 +1,57 @@
-"""`pytest benchmarks/`: every case that `fourdperf bench` knows, one pytest-benchmark group per case, a test per provider."""
+"""`pytest benchmarks/ [--names models,d4rt]`: the cases of `fourdperf bench [models d4rt]`, by default all ops.
+One pytest-benchmark group per case, a test per provider, whose answer is first compared with the first provider's."""
 
+import functools
 import importlib
 
 import pytest
 import torch
-from fourdperf.benchmarks.harness import _wait
-
-from fourdperf.ops import OPS
+from fourdperf.benchmarks.harness import _wait, disagreement
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _tests():
-    for op in OPS:
-        for case in importlib.import_module(f"fourdperf.benchmarks.{op}").cases(DEVICE):
-            for provider, function in case.providers.items():
-                yield pytest.param(case, function, id=f"{op}-{case.name}-{case.direction}-{case.dtype}-{provider}")
+def _cases(name):
+    return importlib.import_module(f"fourdperf.benchmarks.{name}").cases(DEVICE)
 
 
-@pytest.mark.parametrize("case, function", _tests())
-def test_speed(case, function, benchmark):
+def pytest_generate_tests(metafunc):
+    """Builds the cases one after another for the names of their providers, and keeps none."""
+    tests = [
+        pytest.param((name, index), provider, id=f"{name}-{case.name}-{case.direction}-{case.dtype}-{provider}")
+        for name in metafunc.config.getoption("names").split(",")
+        for index, case in enumerate(_cases(name))
+        for provider in case.providers
+    ]
+    metafunc.parametrize("built, provider", tests, indirect=["built"])
+
+
+@functools.lru_cache(maxsize=1)
+def _numbered(name):
+    return enumerate(_cases(name))
+
+
+@functools.lru_cache(maxsize=1)
+def _build(name, index):
+    """The case, and the first provider's answer. Tests come in the order of the cases: each is built once more."""
+    case = next(case for number, case in _numbered(name) if number == index)
+    ours = next(iter(case.providers.values()))
+    return case, ours()
+
+
+@pytest.fixture
+def built(request):
+    return _build(*request.param)
+
+
+def test_speed(built, provider, benchmark):
+    case, answer = built
+    function = case.providers[provider]
     if isinstance(function, str):
         pytest.skip(function)
+    if provider != next(iter(case.providers)):
+        error = disagreement(answer, function())
+        assert error <= case.tolerance, f"differs from ours by {error:.1e}, allowed {case.tolerance:.0e}"
     benchmark.group = f"{case.op}: {case.name}, {case.direction}, {case.dtype}"
     benchmark.extra_info.update(bytes=case.bytes, flops=case.flops)
     benchmark.pedantic(lambda: _wait(function()), rounds=7, warmup_rounds=1)

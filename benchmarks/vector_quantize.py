@@ -9,7 +9,7 @@ on the nearest.
 
 import torch
 import torch.nn.functional as F
-from fourdperf.benchmarks.harness import Case
+from fourdperf.benchmarks.harness import Case, jax_why_not
 
 from fourdperf.ops import vector_quantize
 
@@ -105,12 +105,10 @@ def _one_hot(z, codebook):
 
 
 def _jax(z, codebook, cotangent, backward):
-    try:
-        import jax
-    except ImportError:
-        return "jax is not installed"
-    if z.is_cuda and jax.default_backend() != "gpu":
-        return "JAX sees no GPU"
+    if why_not := jax_why_not(z.device.type):
+        return why_not
+    import jax
+
     from fourdperf.jax.ops import vector_quantize as mirror
 
     arrays = [jax.numpy.asarray(x.float().cpu().numpy(), str(x.dtype).removeprefix("torch.")) for x in (z, codebook)]

@@ -3,9 +3,8 @@
 import importlib
 from pathlib import Path
 
-import torch
-
 from fourdperf.benchmarks import harness
+from fourdperf.cli.checkpoints import Device, pick_device
 from fourdperf.ops import OPS
 
 
@@ -14,7 +13,7 @@ def bench(
     json: Path | None = None,
     csv: Path | None = None,
     rounds: int = 15,
-    device: str | None = None,
+    device: Device = "auto",
 ) -> None:
     """Times ops and models; answers are checked first, and a wrong one is not timed.
 
@@ -23,15 +22,23 @@ def bench(
         json: file for machine, versions, roofs and every row, written anew after each case.
         csv: file to which the rows of each case are appended as it is done, such as benchmarks/results/cpu.csv.
         rounds: interleaved rounds per case.
-        device: 'cpu' or 'cuda'; default cuda where there is one.
+        device: where to compute.
+
+    Raises:
+        ValueError: a name, `rounds` or `device` cannot be, or `csv` has other columns.
+        OSError: a file cannot be written.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if rounds < 1:
+        raise ValueError(f"--rounds: wanted at least 1, got {rounds}")
+    device = pick_device(device).type
     files = Path(harness.__file__).parent.glob("*.py")
     known = sorted(file.stem for file in files if "\ndef cases(" in file.read_text())
     names = names or list(OPS)
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ValueError(f"names must be among {', '.join(known)}, got {', '.join(unknown)}")
+    for file in filter(None, (json, csv)):
+        file.parent.mkdir(parents=True, exist_ok=True)
     harness.with_malloc_settings()
     cases = (case for name in names for case in importlib.import_module(f"fourdperf.benchmarks.{name}").cases(device))
     harness.report(cases, device, rounds, csv, json)

@@ -1,5 +1,6 @@
 """The command line: what each command writes, its exit codes, and one clear line for what the user got wrong."""
 
+import csv
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fourdperf.benchmarks import harness, resize
 from safetensors.numpy import load_file
 
 from fourdperf.cli import compare_scaling4d, comparison, demo_weights
@@ -123,6 +125,8 @@ def test_python_m_in_a_process_of_its_own(files):
         (("convert", "{files}/port.pth", "out", "--model", "scaling4d"), "port.pth: "),
         (("convert", "{npz}", "out", "--model", "d4rt"), "depth.npz: "),
         (("features", "{clip}", "--device", "cuda"), "no GPU"),
+        (("bench", "resize", "--device", "cuda", "--json", "new/rows.json"), "no GPU"),
+        (("bench", "resize", "--rounds", "0"), "--rounds: wanted at least 1, got 0"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(files, tmp_path, monkeypatch, capsys, arguments, message):
@@ -144,7 +148,6 @@ def test_bench_takes_names(capsys):
 
 def test_bench_waits_for_every_call_and_keeps_what_it_has(tmp_path, monkeypatch):
     """Also of a call that is not timed: its work would go on into the next one. A peer that fails is a note."""
-    from fourdperf.benchmarks import harness
 
     class Pending:
         """What a device is still at work on, as an array of JAX."""
@@ -171,11 +174,55 @@ def test_bench_waits_for_every_call_and_keeps_what_it_has(tmp_path, monkeypatch)
         assert rows[2]["note"] == "FAILED: ValueError('not on this device')"
         yield harness.Case("an_op", "nothing runs", "float32", {"ours": fails})
 
-    monkeypatch.setattr(harness, "machine", dict)
+    monkeypatch.setattr(harness, "machine", lambda device: {})
     monkeypatch.setattr(harness, "roofs", lambda device: {"copy": 1.0})
     harness.report(cases(), "cpu", rounds=2, json_file=tmp_path / "rows.json")
     assert len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == 4
     assert Pending.waited == Pending.made > 0
+
+
+def test_bench_writes_into_new_folders_and_refuses_other_columns(tmp_path, monkeypatch, capsys):
+    case = harness.Case("resize", "tiny", "float32", {"fourdperf": lambda: torch.ones(2)})
+    monkeypatch.setattr(resize, "cases", lambda device: [case])
+    monkeypatch.setattr(harness, "roofs", lambda device: {"copy": 1.0, "float32": 1.0, "bfloat16": 1.0})
+    monkeypatch.setattr(harness, "with_malloc_settings", lambda: None)
+    rows, table = tmp_path / "a" / "rows.json", tmp_path / "b" / "rows.csv"
+    bench = lambda: run("bench", "resize", "--rounds", "1", "--device", "cpu", "--json", rows, "--csv", table)
+    assert bench() == bench() == 0
+    assert len(json.loads(rows.read_text())["rows"]) == 1
+    assert [row["case"] for row in csv.DictReader(table.read_text().splitlines())] == ["tiny", "tiny"]
+    table.write_text("op,case\n")
+    capsys.readouterr()
+    assert bench() == 2
+    assert "rows.csv: wanted the columns op,case,direction" in only_line(capsys)
+    assert table.read_text() == "op,case\n"
+
+
+def test_bench_tells_what_ran(tmp_path, monkeypatch):
+    whole = harness.machine("cpu")
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(harness, "__file__", __file__)
+        assert harness.machine("cpu")["commit"] == "unknown"  # the repository around it is not its own
+    monkeypatch.setitem(sys.modules, "jax", None)
+    monkeypatch.setenv("PATH", str(tmp_path))  # no git
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # but what is timed is on the CPU
+    bare = harness.machine("cpu")
+    assert list(bare) == list(whole)
+    assert (bare["device"], bare["jax"], bare["commit"]) == ("cpu", "none", "unknown")
+    harness.peak_megabytes(lambda: torch.ones(2), "cpu")
+
+
+def test_bench_compares_with_jax_on_the_same_device(monkeypatch):
+    jax = pytest.importorskip("jax")
+    on = lambda backend: monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    on("cpu")
+    assert harness.jax_why_not("cpu") is None and harness.jax_why_not("cuda") == "JAX sees no GPU"
+    assert harness.jax_why_not("cpu", "no_such_package") == "no_such_package is not installed"
+    on("gpu")
+    assert harness.jax_why_not("cuda") is None and "JAX_PLATFORMS=cpu" in harness.jax_why_not("cpu")
+    assert resize._jax(torch.ones(1, 4), (2,), (1,)) == harness.jax_why_not("cpu")
+    files = [file.read_text() for file in Path(harness.__file__).parent.glob("*.py")]
+    assert all("jax_why_not(" in text for text in files if '"JAX jit"' in text)
 
 
 def test_debug_shows_the_traceback(monkeypatch):
