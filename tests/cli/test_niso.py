@@ -134,7 +134,7 @@ def test_shards_and_yaml(tmp_path, capsys):
     assert json.loads((pred / "options.json").read_text())["data_path"] == str(shards)
     assert train("hmnist_pred", *HEAD, f"--encoder={encode / 'model'}", f"--out={tmp_path / 'b'}") == 2
     assert "--data_path: wanted one" in capsys.readouterr().err
-    assert train("hmnist_pred", *HEAD, f"--encoder={encode / 'model'}", f"--data_path={shards}", f"--out={pred}") == 0
+    assert train("hmnist_pred", *HEAD, f"--encoder={encode / 'model'}", f"--data_path={shards}", f"--out={tmp_path / 'b'}") == 0
     assert train("pose_encode", f"--data_path={shards}", f"--out={tmp_path / 'c'}") == 2
     assert "wanted shards of sequences, got homnist" in capsys.readouterr().err
 
