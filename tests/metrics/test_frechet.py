@@ -44,7 +44,8 @@ def test_known_gaussians():
     turn = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))[0]
     for x in (a, b):
         x.mean, x.scatter = turn @ x.mean, turn @ x.scatter @ turn.T
-    assert frechet_distance(a, b) == pytest.approx(30, abs=1e-6)  # an eigenvalue of 0 becomes one of 1e-15: its root counts
+    # an eigenvalue of 0 is now one of about 1e-15, and its root counts
+    assert frechet_distance(a, b) == pytest.approx(30, abs=1e-6)
 
 
 def test_the_same_features_are_at_distance_zero_in_few_samples_of_many_features():
