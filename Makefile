@@ -20,7 +20,7 @@ test: $(VENV)/.installed
 
 # And those that take long or much memory, one at a time
 test-all: test
-	$(BIN)/python -m pytest -m heavy $(ARGS)
+	$(BIN)/python -m pytest -m heavy $(ARGS) || test $$? -eq 5  # none of these is heavy
 
 # OP=resize times one; CSV=benchmarks/results/cpu.csv keeps the rows
 bench: $(VENV)/.installed

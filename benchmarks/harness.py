@@ -246,7 +246,7 @@ def run(case: Case, roof: dict, device: str, rounds: int = 15, seconds: float = 
     """Times one case: `rounds` rounds, fewer (but five) where all providers together would take longer than `seconds`."""
     rows = {name: Row(case.op, case.name, case.direction, case.dtype, name) for name in case.providers}
     runnable: dict[str, Callable] = {}
-    ours = None
+    checked_by = ours = None
     for name, function in case.providers.items():
         if isinstance(function, str):
             rows[name].note = function
@@ -258,9 +258,9 @@ def run(case: Case, roof: dict, device: str, rounds: int = 15, seconds: float = 
             rows[name].note = f"FAILED: {error!r:.200}"
             continue
         if ours is None:
-            ours = out
+            checked_by, ours = name, out
         elif (error := disagreement(ours, out)) > case.tolerance:
-            rows[name].note = f"NOT TIMED: differs from ours by {error:.1e}, allowed {case.tolerance:.0e}"
+            rows[name].note = f"NOT TIMED: differs from {checked_by} by {error:.1e}, allowed {case.tolerance:.0e}"
             continue
         rows[name].peak_mb = peak_megabytes(function, device)
         runnable[name] = function
@@ -280,11 +280,11 @@ def run(case: Case, roof: dict, device: str, rounds: int = 15, seconds: float = 
                 _wait(function())  # its data are in the caches, its threads awake
             times[name].append(_seconds(function, repeats[name]))
             before = times[name][-1]
-    first = next(iter(runnable))
+    first = next(iter(case.providers))
     for name, sample in times.items():
         row = rows[name]
         row.p20_ms, row.p50_ms, row.p80_ms = (float(q) * 1e3 for q in np.quantile(sample, [0.2, 0.5, 0.8]))
-        row.speed = float(np.median(times[first]) / np.median(sample))
+        row.speed = float(np.median(times[first]) / np.median(sample)) if first in times else None
         row.gb_s = case.bytes / row.p50_ms / 1e6 if case.bytes else None
         row.tflop_s = case.flops / row.p50_ms / 1e9 if case.flops else None
         shares = [
@@ -333,7 +333,7 @@ def report(
                 continue
             number = lambda value, width, spec: f"{value:{width}{spec}}" if value is not None else " " * width
             print(
-                f"  {row.provider:26} {row.p20_ms:9.3f} {row.p50_ms:9.3f} {row.p80_ms:9.3f}    {row.speed:7.2f} "
+                f"  {row.provider:26} {row.p20_ms:9.3f} {row.p50_ms:9.3f} {row.p80_ms:9.3f}    {number(row.speed, 7, '.2f')} "
                 f"{number(row.gb_s, 7, '.1f')} {number(row.tflop_s, 8, '.3f')} {number(row.roof, 5, '.0%')} "
                 f"{number(row.peak_mb, 8, '.1f')}"
             )

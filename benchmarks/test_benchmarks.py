@@ -26,17 +26,26 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize("built, provider", tests, indirect=["built"])
 
 
-@functools.lru_cache(maxsize=1)
-def _numbered(name):
-    return enumerate(_cases(name))
+_last = {}  # name -> its cases, and the number and the value of the last one that was taken
+
+
+def _case(name, index):
+    """Tests come in the order of the cases, so that each is built once more; in another order they begin anew."""
+    cases, number, case = _last.pop(name, None) or (_cases(name), -1, None)
+    _last.clear()
+    if number > index:
+        cases, number = _cases(name), -1
+    while number < index:
+        case, number = next(cases), number + 1
+    _last[name] = cases, number, case
+    return case
 
 
 @functools.lru_cache(maxsize=1)
 def _build(name, index):
-    """The case, and the first provider's answer. Tests come in the order of the cases: each is built once more."""
-    case = next(case for number, case in _numbered(name) if number == index)
-    ours = next(iter(case.providers.values()))
-    return case, ours()
+    """The case, and the first provider's answer."""
+    case = _case(name, index)
+    return case, next(iter(case.providers.values()))()
 
 
 @pytest.fixture

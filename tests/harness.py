@@ -161,7 +161,9 @@ def same(a: torch.Tensor, b: torch.Tensor, target: Target) -> bool:
 def same_in_jax(ours, theirs: torch.Tensor) -> bool:
     """Whether JAX got what torch did on `jax_device()` from the same machine code; on a GPU to two roundings."""
     ours, theirs, eps = np.asarray(ours.astype("float32")), theirs.float(), EPS[theirs.dtype] * theirs.is_cuda
-    return np.allclose(ours, theirs.cpu().numpy(), rtol=0, atol=2 * eps * theirs.abs().max().item())
+    return ours.shape == theirs.shape and np.allclose(
+        ours, theirs.cpu().numpy(), rtol=0, atol=2 * eps * theirs.abs().max().item()
+    )
 
 
 def strided(x: torch.Tensor) -> torch.Tensor:

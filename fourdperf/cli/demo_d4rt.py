@@ -116,10 +116,10 @@ def d4rt(
 
 def _beginning(reader: VideoReader) -> np.ndarray:
     """The first frames: there are as many tracks as pixels."""
-    frames = read_video(reader, slice(LONGEST))
-    if len(frames) == LONGEST:
+    frames = read_video(reader, slice(LONGEST + 1))
+    if len(frames) > LONGEST:
         print(f"the first {LONGEST} frames of {reader.path}; fourdperf reconstruct takes all of them")
-    return frames
+    return frames[:LONGEST]
 
 
 def _errors(model: D4RT, scene: Scene) -> Table:

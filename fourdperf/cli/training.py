@@ -139,7 +139,8 @@ def fit_run(
         raise plain_error(error) from error
     except SystemExit as stop:  # what Lightning makes of Ctrl-C
         last = options["out"] / "last.ckpt"
-        then = f"go on with --ckpt {last}" if last.exists() else f"the first checkpoint is at {options['save_every']}"
+        last = last if last.exists() else options["ckpt"]
+        then = f"go on with --ckpt {last}" if last else f"the first checkpoint comes at step {options['save_every']}"
         print(f"stopped after step {trainer.global_step}; {then}", file=sys.stderr)
         raise KeyboardInterrupt from stop
 

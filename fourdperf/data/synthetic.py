@@ -86,6 +86,8 @@ class SyntheticClips(Dataset[Clip]):
             if value is not None and value < 1:
                 raise ValueError(f"{name}: wanted at least 1, got {value}")
         self.split, self.num_queries, self.num_frames, self.size = split, num_queries, num_frames, size
+        if patch_size is not None and not all(fine >= coarse for fine, coarse in zip(patch_size, size, strict=True)):
+            raise ValueError(f"patch_size: wanted at least the frames' {size}, got {patch_size}")
         self.rendered_size = patch_size or size
         self.seed, self.scenes, self.colours, self.view = seed, scenes, colours, view or ViewConfig()
         self.rendered_frames = (num_frames - 1) * self.view.stride + 1

@@ -127,7 +127,9 @@ class ClipData(LightningDataModule):
         if self.val is None:
             return []
         if isinstance(self.val, IterableDataset):
-            if self.trainer.lightning_module.sharded:  # every process is needed in each pass through the model
+            if (
+                self.trainer.lightning_module.sharded and self.trainer.world_size > 1
+            ):  # every process is needed in each pass through the model
                 wanted = "wanted a folder with --strategy fsdp"
                 raise ValueError(f"--val_data_path: {wanted}; shards give processes different numbers of clips")
             return stream_loader(self.val, self.batch_size, self.workers)

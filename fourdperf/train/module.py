@@ -3,6 +3,7 @@ weights, the data."""
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 
 import numpy as np
 import torch
@@ -34,8 +35,11 @@ class ModelTraining(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Raises ValueError for the checkpoint of another model, or of a run with other parts or another optimiser."""
-        ours, theirs = self.model.config.to_dict(), checkpoint.get("model_config") or {}
-        # fields that are younger than the run are not compared
+        config, theirs = self.model.config, checkpoint.get("model_config") or {}
+        ours = config.to_dict()
+        if theirs:  # a field that is younger than the run had its usual value; where that is None it is not compared
+            known = (bool, int, float, str)
+            theirs = {f.name: f.default for f in fields(config) if isinstance(f.default, known)} | theirs
         different = [f"{name} {theirs[name]}" for name in ours if name in theirs and theirs[name] != ours[name]]
         if different:
             raise ValueError(f"--ckpt: its model has {', '.join(different)}; {SAME_OPTIONS}")

@@ -85,6 +85,11 @@ def test_patches_finer_than_the_frames(crop, tmp_path):
     assert torch.equal(plain.video, plain.patch_video)
 
 
+def test_patches_coarser_than_the_frames_are_refused():
+    with pytest.raises(ValueError, match="patch_size: wanted at least the frames'"):
+        SyntheticClips("train", **SMALL, patch_size=(16, 12))
+
+
 def test_cache_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError):

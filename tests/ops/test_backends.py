@@ -109,7 +109,10 @@ def jax_with_a_gpu(monkeypatch):
     monkeypatch.setattr(native, "library", lambda device: (None if libraries[device] else built, libraries[device]))
     monkeypatch.setattr(jax.ffi, "register_ffi_target", lambda *args, platform: registered.add(platform))
     monkeypatch.setattr(backends, "_register", backends._register.__wrapped__)  # which remembers the true answer
-    return backends, libraries, registered
+    before = jax.config.jax_default_device  # the commands that compare set it, for good
+    jax.config.update("jax_default_device", None)
+    yield backends, libraries, registered
+    jax.config.update("jax_default_device", before)
 
 
 def test_jax_arrays_may_lie_on_the_cpu_beside_a_gpu(jax_with_a_gpu):

@@ -10,8 +10,23 @@ NAMES = ("ffi", "jnp")
 _LIBRARIES = {"cpu": "cpu", "gpu": "cuda"}  # JAX's platform -> ours
 
 
-def platform() -> str:
-    """Where JAX puts arrays that nobody placed: 'cpu', 'gpu' ..."""
+def precise(function):
+    """The function with products in full float32, where JAX's default on a GPU is TF32. (As a decorator JAX's own
+    context was not re-entrant in older versions, and derivatives of derivatives re-enter.)"""
+
+    @functools.wraps(function)
+    def run(*args):
+        with jax.default_matmul_precision("highest"):
+            return function(*args)
+
+    return run
+
+
+def platform(*arrays) -> str:
+    """Where the first array lies whose place is known, outside of a trace; else where JAX puts what nobody placed."""
+    for x in arrays:
+        if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
+            return next(iter(x.devices())).platform
     device = jax.config.jax_default_device
     return jax.default_backend() if device is None else getattr(device, "platform", device)
 
@@ -19,8 +34,8 @@ def platform() -> str:
 def ffi_why_not(device: str | None = None) -> str | None:
     """Why FFI calls cannot run on `device` ('cpu' or 'gpu'; default: `platform()`).
 
-    Arrays may have been placed elsewhere, which a trace does not show: the CPU's and the GPU's targets are registered
-    together, and XLA takes those of the place.
+    A trace does not show where arrays lie: the CPU's and the GPU's targets are registered together, and XLA takes those
+    of the place; whether there are any is told of the default device then.
     """
     for place in ("cpu", jax.default_backend()):
         _register(place)

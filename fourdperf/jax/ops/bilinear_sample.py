@@ -10,7 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from fourdperf.jax.ops.backends import choose, ffi_why_not
+from fourdperf.jax.ops.backends import choose, ffi_why_not, platform
 
 MODES = ("bilinear", "nearest_floor", "nearest_round")
 COORDINATES = ("unit", "signed")
@@ -66,7 +66,7 @@ def bilinear_sample(
     xy = jnp.broadcast_to(xy, (*lead, n, 2)).transpose(*maps, *points, rank, rank + 1)
     batch = math.prod(map_lead)
     flat = map.reshape(batch, *map.shape[-3:]), xy.reshape(batch, -1, 2).astype(_acc(map))
-    run = _ffi if choose("bilinear_sample", ffi_why_not(), backend) == "ffi" else _jnp
+    run = _ffi if choose("bilinear_sample", ffi_why_not(platform(map)), backend) == "ffi" else _jnp
     out = run(*flat, MODES.index(mode), coordinates == "signed", bool(align_corners), BORDERS.index(border))
     order = maps + points
     out = out.reshape(*(lead[axis] for axis in order), n, c)

@@ -38,15 +38,15 @@ def cross_attention(
     if mask is not None and (mask.dtype != jnp.bool_ or mask.shape != k.shape[:2]):
         raise ValueError(f"key_padding_mask must be bool and (B, K) = {k.shape[:2]}, got {mask.dtype} {mask.shape}")
     scale = max(q.shape[3], 1) ** -0.5 if scale is None else float(scale)
-    if choose("cross_attention", _ffi_why_not(), backend) == "jnp":
+    if choose("cross_attention", _ffi_why_not(platform(q)), backend) == "jnp":
         return _jnp(q, k, v, mask, scale)
     return _ffi(q, k, v, jnp.zeros(0, bool) if mask is None else mask, scale)
 
 
-def _ffi_why_not():
-    if platform() == "gpu":
+def _ffi_why_not(place):
+    if place == "gpu":
         return "the native kernel runs on cpu"
-    return ffi_why_not()
+    return ffi_why_not(place)
 
 
 def _jnp(q, k, v, mask, scale):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fourdperf.jax.ops.backends import choose, ffi_why_not
+from fourdperf.jax.ops.backends import choose, ffi_why_not, platform, precise
 
 AXES = ("trig", "dim", "band")
 
@@ -19,7 +19,7 @@ AXES = ("trig", "dim", "band")
 def fourier_embed(x: jax.Array, frequencies: jax.Array, *, backend: str | None = None) -> jax.Array:
     """Sines, then cosines, of every coordinate times every frequency; arguments and errors as fourdperf.ops.fourier_embed."""
     x, frequencies = _checked(x, frequencies)
-    if choose("fourier_embed", ffi_why_not(), backend) == "jnp" or not x.size * frequencies.size:
+    if choose("fourier_embed", ffi_why_not(platform(x)), backend) == "jnp" or not x.size * frequencies.size:
         return _embed_jnp(x, frequencies)
     return _embed(x, frequencies)
 
@@ -50,7 +50,10 @@ def fourier_linear(
         raise ValueError(
             f"bias must have shape ({weight.shape[0]},) and dtype {weight.dtype}, got {bias.shape}, {bias.dtype}"
         )
-    if choose("fourier_linear", ffi_why_not(), backend) == "jnp" or not x.size * frequencies.size * weight.size:
+    if (
+        choose("fourier_linear", ffi_why_not(platform(x)), backend) == "jnp"
+        or not x.size * frequencies.size * weight.size
+    ):
         return _linear_jnp(x, frequencies, weight, bias)
     return _linear(x.astype(frequencies.dtype), frequencies, weight, bias)
 
@@ -103,7 +106,7 @@ def _embed_jnp(x, frequencies):
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1).astype(x.dtype)
 
 
-@jax.default_matmul_precision("highest")
+@precise
 def _linear_jnp(x, frequencies, weight, bias):
     return _embed_jnp(x, frequencies).astype(weight.dtype) @ weight.T + bias
 
@@ -171,7 +174,7 @@ def _backward_bwd(saved, cotangents):
     return g_out, d_x, across.reshape(-1, f.shape[0]).sum(0)
 
 
-@jax.default_matmul_precision("highest")
+@precise
 def _linear_bwd(saved, d_out):
     x, frequencies, weight, _ = saved
     rows = d_out.reshape(-1, d_out.shape[-1])

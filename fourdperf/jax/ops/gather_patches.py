@@ -9,7 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from fourdperf.jax.ops.backends import choose, ffi_why_not
+from fourdperf.jax.ops.backends import choose, ffi_why_not, platform
 
 MODES = ("round", "floor", "bilinear")
 COORDINATES = ("scaled", "corners", "centers", "pixels")
@@ -58,7 +58,7 @@ def gather_patches(
     points = points if points.dtype == jnp.float64 else points.astype(jnp.float32)
     t = jnp.clip(t, 0, max(video.shape[1] - 1, 0)).astype(jnp.int32)
     options = size, mode, coordinates, border
-    if choose("gather_patches", ffi_why_not(), backend) == "jnp" or not t.size * video.size:
+    if choose("gather_patches", ffi_why_not(platform(video)), backend) == "jnp" or not t.size * video.size:
         return _gather_jnp(video, points, t, *options)
     return _gather(video, points, t, options)
 

@@ -11,7 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from fourdperf.jax.ops.backends import choose, ffi_why_not
+from fourdperf.jax.ops.backends import choose, ffi_why_not, platform
 from fourdperf.jax.ops.bilinear_sample import bilinear_sample
 
 MODULATE = ("shift", "scale", "both")
@@ -78,7 +78,7 @@ def modulated_sine(
         raise ValueError(f"map must have pixels where xy has points, got shapes {map.shape} and {xy.shape}")
     pre, map = (jnp.broadcast_to(x.astype(dtype), (b, *x.shape[1:])) for x in (pre, map))
     xy = xy.astype(jnp.float32 if dtype in _HALF else dtype)
-    run = _ffi if choose("modulated_siren", ffi_why_not(), backend) == "ffi" else _jnp
+    run = _ffi if choose("modulated_siren", ffi_why_not(platform(pre)), backend) == "ffi" else _jnp
     return run(pre, map, xy, float(omega), modulate, mode)
 
 

@@ -11,7 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from fourdperf.jax.ops.backends import choose, ffi_why_not, platform
+from fourdperf.jax.ops.backends import choose, ffi_why_not, platform, precise
 
 GRADIENTS = ("exact", "regularized")
 _HALF = (jnp.bfloat16, jnp.float16)
@@ -33,7 +33,7 @@ def procrustes(
         raise ValueError(f"gradient must be one of 'exact', 'regularized', got {gradient!r}")
     m, n = x.shape[-2:]
     special, exact = special and m == n, gradient == "exact"
-    run = _ffi if choose("procrustes", _ffi_why_not(m, n, exact), backend) == "ffi" else _jnp
+    run = _ffi if choose("procrustes", _ffi_why_not(platform(x), m, n, exact), backend) == "ffi" else _jnp
     if x.size == 0:
         return x
     tall = x if m >= n else x.mT
@@ -41,21 +41,21 @@ def procrustes(
     return (out if m >= n else out.mT).astype(x.dtype)
 
 
-def _ffi_why_not(m, n, exact):
+def _ffi_why_not(place, m, n, exact):
     if m != n:
         return "it takes square matrices"
     if not exact:
         return "it has the exact gradient alone"
-    if platform() != "cpu" and n > LARGEST_ON_GPU:
+    if place != "cpu" and n > LARGEST_ON_GPU:
         return f"its CUDA kernels take n <= {LARGEST_ON_GPU}, got {n}"
-    return ffi_why_not()
+    return ffi_why_not(place)
 
 
 # ---- jnp
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
-@jax.default_matmul_precision("highest")
+@precise
 def _jnp(x, special, exact):
     """x -> R, and (without derivatives) the eigenvectors and eigenvalues of H = R^T x."""
     u, s, vh = jnp.linalg.svd(x, full_matrices=False)
@@ -66,7 +66,7 @@ def _jnp(x, special, exact):
 
 
 @_jnp.defjvp
-@jax.default_matmul_precision("highest")
+@precise
 def _jnp_jvp(special, exact, primals, tangents):
     (x,), (d_x,) = primals, tangents
     r, v, s = out = _jnp(x, special, exact)
@@ -109,7 +109,7 @@ def _ffi(x, special, exact):
 
 
 @_ffi.defjvp
-@jax.default_matmul_precision("highest")
+@precise
 def _ffi_jvp(special, exact, primals, tangents):
     (x,), (d_x,) = primals, tangents
     r, flip = out = _ffi(x, special, exact)

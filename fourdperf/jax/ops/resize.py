@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from fourdperf.jax.ops.backends import choose, ffi_why_not
+from fourdperf.jax.ops.backends import choose, ffi_why_not, platform
 
 METHODS = ("nearest", "linear", "cubic", "lanczos3", "lanczos5")
 _HALF = (jnp.bfloat16, jnp.float16)
@@ -49,7 +49,7 @@ def resize(
         raise ValueError(f"axes must not be longer than 2^30, got {x.shape} -> {tuple(shape)}")
     if 0 in shape:
         return jnp.zeros(shape, x.dtype)
-    if choose("resize", ffi_why_not(), backend) == "jnp":
+    if choose("resize", ffi_why_not(platform(x)), backend) == "jnp":
         return jax.image.resize(x, shape, method, antialias)
     changed = sorted(
         ((size, dim) for size, dim in zip(sizes, dims) if x.shape[dim] != size),

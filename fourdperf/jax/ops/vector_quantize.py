@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fourdperf.jax.ops.backends import choose, ffi_why_not
+from fourdperf.jax.ops.backends import choose, ffi_why_not, platform
 
 METRICS = ("l2", "cosine")
 SHORTEST = 1e-12
@@ -44,7 +44,7 @@ def vector_quantize(
         raise ValueError(f"z must have shape (.., C) with C = {codebook.shape[1]}, as the codebook, got {z.shape}")
     if metric not in METRICS:
         raise ValueError(f"metric must be one of 'l2', 'cosine', got {metric!r}")
-    search = _search_ffi if choose("vector_quantize", ffi_why_not(), backend) == "ffi" else _search_jnp
+    search = _search_ffi if choose("vector_quantize", ffi_why_not(platform(z)), backend) == "ffi" else _search_jnp
     stop, wide = jax.lax.stop_gradient, jnp.promote_types(z.dtype, jnp.float32)
     rows = z.reshape(-1, z.shape[-1])
     indices = search(stop(rows), stop(codebook), metric)

@@ -68,8 +68,9 @@ def window_attention(
         return jnp.zeros_like(q)
     scale = dim**-0.5 if scale is None else float(scale)
     folded = [x.reshape(frames, *x.shape[-4:]) for x in (q, k, v)]
-    why_not = ffi_why_not()
-    if why_not is None and platform() == "gpu" and dim > 256:
+    place = platform(q)
+    why_not = ffi_why_not(place)
+    if why_not is None and place == "gpu" and dim > 256:
         why_not = f"heads have at most 256 elements on a GPU, got {dim}"
     function = _ffi if choose("window_attention", why_not, backend) == "ffi" else _jnp
     return function(*folded, *extra, window, dilation, border, scale).reshape(q.shape)
