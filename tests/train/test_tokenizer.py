@@ -357,7 +357,15 @@ def test_checkpoint_of_muon():
     module = TokenizerTraining(TiTok(titok.Config(**SMALL_TITOK)), 1, weights=Weights())
     with pytest.raises(ValueError, match="--ckpt: it differs in --optimizer; give the options"):
         module.on_load_checkpoint({"optimizer_states": [{"parts": []}]})
-    module.on_load_checkpoint({"optimizer_states": [{"state": {}}], "model_config": {"num_latents": 5}})  # an older one
+
+
+def test_fields_younger_than_a_run_had_their_usual_values():
+    module = TokenizerTraining(TiTok(titok.Config(**SMALL_TITOK)), 1, weights=Weights())
+    config = module.model.config.to_dict()
+    without = lambda name: {"model_config": {key: value for key, value in config.items() if key != name}}
+    module.on_load_checkpoint(without("latent_layout"))
+    with pytest.raises(ValueError, match="--ckpt: its model has image_size 256; give the options"):
+        module.on_load_checkpoint(without("image_size"))
 
 
 def test_stages_that_start_from_another_kind_of_model(data, vqgan, tmp_path, capsys):
