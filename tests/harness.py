@@ -166,6 +166,17 @@ def same_in_jax(ours, theirs: torch.Tensor) -> bool:
     )
 
 
+def same_with_threads(function) -> None:
+    """Asserts that the tensors `function()` gives are the same bits, whatever the number of threads."""
+    want, before = function(), torch.get_num_threads()
+    try:
+        for threads in (1, 3, 7):
+            torch.set_num_threads(threads)
+            assert all(torch.equal(a, b) for a, b in zip(function(), want, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
 def strided(x: torch.Tensor) -> torch.Tensor:
     """The values of `x` in a larger tensor: no axis is contiguous, and the gaps hold NaN."""
     big = torch.full([2 * size + 1 for size in x.shape], float("nan"), dtype=x.dtype, device=x.device)

@@ -12,6 +12,7 @@ from fourdperf.cli.checkpoints import Device, pick_device
 from fourdperf.cli.evaluate_niso import niso
 from fourdperf.cli.evaluate_tokenizer import tokenizer
 from fourdperf.cli.reconstruct import SHIPPED_WEIGHTS
+from fourdperf.cli.training import check_at_least_one
 from fourdperf.data.files import write_text
 from fourdperf.data.queries import Clip
 
@@ -58,12 +59,9 @@ def d4rt(
     from fourdperf.train.data import open_clips
     from fourdperf.train.evaluate_d4rt import evaluate_queries, evaluate_scenes, format_table
 
-    for name, value in {
-        **{"num_queries": num_queries, "clips": clips, "average_clips": average_clips},
-        "patch_img_size": patch_img_size,
-    }.items():
-        if value is not None and value < 1:
-            raise ValueError(f"--{name}: wanted at least 1, got {value}")
+    counts = {"num_queries": num_queries, "clips": clips, "average_clips": average_clips}
+    counts["patch_img_size"] = patch_img_size
+    check_at_least_one(counts, *counts)
     ckpt = ckpt or SHIPPED_WEIGHTS
     model = load_d4rt(ckpt).to(pick_device(device)).eval()
     size, frames = model.config.image_size, num_frames or model.config.num_frames

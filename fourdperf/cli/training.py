@@ -123,8 +123,8 @@ def fit_run(
         FileExistsError: a run that begins would write over another's checkpoint.
         OSError, ValueError: the run failed.
     """
+    last = options["out"] / "last.ckpt"
     if trainer.is_global_zero:
-        last = options["out"] / "last.ckpt"
         if options["ckpt"] is None and last.exists():
             raise FileExistsError(
                 f"--out: {options['out']} holds a run; go on with --ckpt {last}, or give another folder"
@@ -138,9 +138,8 @@ def fit_run(
     except (ValueError, OSError) as error:
         raise plain_error(error) from error
     except SystemExit as stop:  # what Lightning makes of Ctrl-C
-        last = options["out"] / "last.ckpt"
-        last = last if last.exists() else options["ckpt"]
-        then = f"go on with --ckpt {last}" if last else f"the first checkpoint comes at step {options['save_every']}"
+        there = last if last.exists() else options["ckpt"]
+        then = f"go on with --ckpt {there}" if there else f"the first checkpoint comes at step {options['save_every']}"
         print(f"stopped after step {trainer.global_step}; {then}", file=sys.stderr)
         raise KeyboardInterrupt from stop
 

@@ -21,7 +21,6 @@ Source: "Neural Isometries" (arXiv 2405.19296), "Vector Neurons" (arXiv 2104.122
 
 import dataclasses
 import math
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
@@ -221,7 +220,7 @@ class IsometricOperator(nn.Module):
         """The functions in force; their order follows the eigenvalues."""
         if may_look(self.M):
             self.check()
-        with _full_precision(self.M):
+        with no_autocast(self.M.device.type):
             M, Phi, Lambda = (x.to(wide(x.dtype)) for x in (self.M, self.Phi, self.Lambda))
             mass = M.square() + MASS_FLOOR
             root = mass.sqrt()[:, None]
@@ -239,7 +238,7 @@ class IsometricOperator(nn.Module):
         spatial = self.M.shape[0]
         if x.ndim < 2 or x.shape[-2] != spatial:
             raise ValueError(f"x: expected fields (B, {spatial}, C), got {tuple(x.shape)}")
-        with _full_precision(x):
+        with no_autocast(x.device.type):
             weighted = basis.functions * basis.mass[:, None]
             return _product(weighted.mT, x)
 
@@ -248,14 +247,14 @@ class IsometricOperator(nn.Module):
         op_dim = self.Lambda.shape[0]
         if coefficients.ndim < 2 or coefficients.shape[-2] != op_dim:
             raise ValueError(f"coefficients: expected (B, {op_dim}, C), got {tuple(coefficients.shape)}")
-        with _full_precision(coefficients):
+        with no_autocast(coefficients.device.type):
             return _product(basis.functions, coefficients)
 
     def align(self, a: Tensor, b: Tensor, basis: Basis) -> Tensor:
         """The rotation tau `(B, k, k)` nearest to mask * b a^T, of coefficients `(B, k, C)`: tau a is close to b."""
         if a.shape != b.shape:
             raise ValueError(f"a and b: expected one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
-        with _full_precision(a):
+        with no_autocast(a.device.type):
             correlation = (b.to(basis.mask.dtype) @ a.to(basis.mask.dtype).mT).mul_(basis.mask)
             if may_look(correlation):
                 _check_correlation(correlation, a, b)
@@ -274,7 +273,7 @@ class IsometricOperator(nn.Module):
         """
         windows, offsets = gaussian_windows(grid, basis.functions)
         a, q = self.project(windows, basis), self.project(offsets, basis)
-        with _full_precision(tau):
+        with no_autocast(tau.device.type):
             moved = (tau - tau.mT) @ a
             return torch.einsum("okw,...kw->...ow", q, moved) / a.square().sum(0).clamp(min=LENGTH_FLOOR)
 
@@ -456,7 +455,7 @@ class Autoencoder(Model):
         if taps is not None:
             taps["coefficients"] = torch.cat([of_a, of_b])
         tap(taps, "tau", tau)
-        with _full_precision(tau):
+        with no_autocast(tau.device.type):
             taken = tau.mT @ of_b, tau @ of_a
         if self.decoder is None:
             recon_a, recon_b = (self.decode(self.operator.unproject(x, basis)) for x in taken)
@@ -560,7 +559,3 @@ def _check_finite(name: str, x: Tensor) -> None:
 
 def _is_finite(x: Tensor) -> bool:
     return not x.numel() or bool(torch.stack(x.detach().aminmax()).isfinite().all())
-
-
-def _full_precision(x: Tensor) -> AbstractContextManager:
-    return no_autocast(x.device.type)

@@ -127,9 +127,8 @@ class ClipData(LightningDataModule):
         if self.val is None:
             return []
         if isinstance(self.val, IterableDataset):
-            if (
-                self.trainer.lightning_module.sharded and self.trainer.world_size > 1
-            ):  # every process is needed in each pass through the model
+            # of a sharded model every process is needed in each pass
+            if self.trainer.lightning_module.sharded and self.trainer.world_size > 1:
                 wanted = "wanted a folder with --strategy fsdp"
                 raise ValueError(f"--val_data_path: {wanted}; shards give processes different numbers of clips")
             return stream_loader(self.val, self.batch_size, self.workers)

@@ -13,7 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fourdperf.ops import fourier_columns, fourier_embed, fourier_linear, gaussian, linear_range, octaves
-from tests.harness import check_op, device_of, dtypes, jax_device, opcheck, same_in_jax, strided, transposed
+from tests.harness import (
+    check_op,
+    device_of,
+    dtypes,
+    jax_device,
+    opcheck,
+    same_in_jax,
+    same_with_threads,
+    strided,
+    transposed,
+)
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "d4rt"
 
@@ -372,20 +382,14 @@ def test_jax(backend):
 
 
 def test_threads_change_nothing():
-    x, before = sample((20011, 2), torch.float32).requires_grad_(), torch.get_num_threads()
+    x = sample((20011, 2), torch.float32).requires_grad_()
     f, (weight, bias) = octaves(3).requires_grad_(), (t.float() for t in layer(2, 3, 70).values())
 
     def everything():
         embedding, out = fourier_embed(x, f, backend="native"), fourier_linear(x, f, weight, bias, backend="native")
         return embedding, out, *torch.autograd.grad(embedding.sum(), (x, f))
 
-    try:
-        want = everything()
-        for threads in (1, 3, 7):
-            torch.set_num_threads(threads)
-            assert all(torch.equal(a, b) for a, b in zip(everything(), want))
-    finally:
-        torch.set_num_threads(before)
+    same_with_threads(everything)
 
 
 def test_large_outputs_take_the_streaming_path(target):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fourdperf.ops import gather_patches
 from fourdperf.ops.gather_patches import BORDERS, COORDINATES, MODES
-from tests.harness import check_op, device_of, dtypes, strided, transposed
+from tests.harness import check_op, device_of, dtypes, same_with_threads, strided, transposed
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "d4rt"
 
@@ -324,20 +324,14 @@ def test_jax_nan(backend, border):
 
 
 def test_threads_change_nothing():
-    data, before = inputs((2, 3, 90, 260, 3), 500), torch.get_num_threads()
+    data = inputs((2, 3, 90, 260, 3), 500)
     video, points, t = data["video"].float().requires_grad_(), data["points"].float().requires_grad_(), data["t"]
 
     def everything():
         out = gather_patches(video, t, points, 9, mode="bilinear", border="replicate", backend="native")
         return out, *torch.autograd.grad(out.square().sum(), (video, points))
 
-    try:
-        want = everything()
-        for threads in (1, 3, 7):
-            torch.set_num_threads(threads)
-            assert all(torch.equal(a, b) for a, b in zip(everything(), want))
-    finally:
-        torch.set_num_threads(before)
+    same_with_threads(everything)
 
 
 @pytest.mark.parametrize(

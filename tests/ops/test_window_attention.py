@@ -13,7 +13,17 @@ from hypothesis import strategies as st
 
 from fourdperf.ops import window_attention
 from fourdperf.ops.window_attention import BACKENDS, BORDERS
-from tests.harness import check_op, device_of, dtypes, jax_device, opcheck, same_in_jax, strided, transposed
+from tests.harness import (
+    check_op,
+    device_of,
+    dtypes,
+    jax_device,
+    opcheck,
+    same_in_jax,
+    same_with_threads,
+    strided,
+    transposed,
+)
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "d4rt"
 
@@ -376,20 +386,14 @@ def test_transforms(backend):
 
 
 def test_threads_change_nothing():
-    tensors, before = inputs_of((2, 40, 10, 2, 8), 2, torch.float32), torch.get_num_threads()
+    tensors = inputs_of((2, 40, 10, 2, 8), 2, torch.float32)
     leaves = {name: x.requires_grad_() for name, x in tensors.items()}
 
     def run():
         out = window_attention(**leaves, window=5, backend="native")
         return [out, *torch.autograd.grad(out.square().sum(), leaves.values())]
 
-    want = run()
-    try:
-        for threads in (1, 3, 7):
-            torch.set_num_threads(threads)
-            assert all(torch.equal(a, b) for a, b in zip(run(), want))
-    finally:
-        torch.set_num_threads(before)
+    same_with_threads(run)
 
 
 @pytest.mark.parametrize(
